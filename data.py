@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
 """From audio files to log-mel spectrograms (sec. IV.A): find, decode, resample, window, fill up, and the mel front end.
 
-    python data.py scan PATH        what is in there: hours, rates, lengths, unreadable and silent files; writes nothing
+    python data.py scan PATH        what is there: hours, rates, lengths, unreadable and silent files; writes nothing
     python data.py pack PATH OUT    log-mel frames in memory-mapped shards: training then reads no audio at all
 
-PATH, here and in `--data`, is a folder tree of wav/flac/ogg/opus/mp3/aiff files, a .txt/.csv/.tsv list of paths, a
-folder of uncompressed .tar shards, or a packed folder. A recording is a file or a member of a tar, of any length; a clip
-is what training sees, 10 s. `bad` is always a list of (name, reason) of recordings that could not be used.
+PATH, here and in `--data`: a folder tree of wav/flac/ogg/opus/mp3/aiff files, a .txt/.csv/.tsv list of paths, a folder
+of uncompressed .tar shards, or a packed folder. A recording is a file or a member of a tar, of any length; a clip is
+what training sees, 10 s. `bad` is always a list of (name, reason) of recordings that could not be used.
 """
 import argparse, csv, functools, io, json, math, os, random, re, sys, tarfile, zlib
 from collections import Counter
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 AUDIO = (b".wav", b".flac", b".ogg", b".oga", b".opus", b".mp3", b".aiff", b".aif")
-CANNOT_USE = (OSError, ValueError, RuntimeError, MemoryError)  # what reading raises; soundfile's own is a RuntimeError
+CANNOT_USE = (OSError, ValueError, RuntimeError, MemoryError)  # what reading raises; soundfile's is a RuntimeError
 FRAMES_PER_SECOND, PATCH_FRAMES = 25.6, 16  # 256 frames in 10 s, at every clip length: a patch is always 625 ms
 FLOOR = torch.finfo(torch.float32).eps  # Kaldi's least power: digital silence becomes log(FLOOR) = -15.9
 
@@ -36,11 +36,11 @@ class LogMel(nn.Module):
 
     def __init__(self, sample_rate=32000, clip_seconds=10.0, time_bins=256, mel_bins=128, mean=0.0, std=1.0):
         super().__init__()
-        self.config = dict(sample_rate=sample_rate, clip_seconds=clip_seconds, time_bins=time_bins, mel_bins=mel_bins,
-                           mean=mean, std=std)
+        self.config = dict(sample_rate=sample_rate, clip_seconds=clip_seconds, time_bins=time_bins,
+                           mel_bins=mel_bins, mean=mean, std=std)
         hop = sample_rate * clip_seconds / time_bins
         if hop < 1 or hop != int(hop):
-            raise ValueError(f"{sample_rate} Hz x {clip_seconds} s / {time_bins} frames: a hop of {hop} samples, not whole")
+            raise ValueError(f"{sample_rate} Hz x {clip_seconds} s / {time_bins} frames: the hop {hop} is not whole")
         self.hop, self.window_length, self.mean, self.std = int(hop), int(2.5 * hop), mean, std
         self.fft_length = 2 ** math.ceil(math.log2(self.window_length))
         window = torch.hann_window(self.window_length, periodic=False)
@@ -52,13 +52,12 @@ class LogMel(nn.Module):
         def mel(hertz):
             return 1127.0 * (1 + hertz / 700.0).log()
 
-        bins = torch.arange(self.fft_length // 2, dtype=torch.float64) * sample_rate / self.fft_length
         ends = mel(torch.tensor([20.0, sample_rate / 2], dtype=torch.float64)).tolist()
         peaks = torch.linspace(*ends, mel_bins + 2, dtype=torch.float64)
         left, centre, right = peaks[:-2], peaks[1:-1], peaks[2:]
-        position = mel(bins).unsqueeze(1)
-        triangles = torch.minimum((position - left) / (centre - left), (right - position) / (right - centre))
-        return triangles.clamp(min=0).float()
+        bins = torch.arange(self.fft_length // 2, dtype=torch.float64) * sample_rate / self.fft_length
+        at = mel(bins).unsqueeze(1)
+        return torch.minimum((at - left) / (centre - left), (right - at) / (right - centre)).clamp(min=0).float()
 
     def frames(self, waveform):
         """Raw log-mel: [B, samples] -> [B, round(samples / hop), mel_bins]."""
@@ -69,10 +68,10 @@ class LogMel(nn.Module):
         x = torch.cat([waveform[:, :left].flip(1), waveform, waveform[:, samples - right :].flip(1)], dim=1)
         # Pre-emphasising a frame less its mean m gives the pre-emphasised signal less 0.03 m, except in the frame's
         # first sample, where Hann is 0: so the signal is filtered once, not 2.5 times, frame by frame.
-        mean = nn.functional.avg_pool1d(x.unsqueeze(1), self.window_length, self.hop).transpose(1, 2)  # [B, frames, 1]
+        mean = nn.functional.avg_pool1d(x.unsqueeze(1), self.window_length, self.hop).transpose(1, 2)  # [B, T, 1]
         x = nn.functional.pad(x[:, 1:] - 0.97 * x[:, :-1], (1, 0)).unfold(1, self.window_length, self.hop)
         spectrum = torch.fft.rfft((x - 0.03 * mean) * self.window, n=self.fft_length)[..., :-1]  # without Nyquist
-        power = spectrum.real.square() + spectrum.imag.square()  # [B, frames, fft / 2]
+        power = spectrum.real.square() + spectrum.imag.square()  # [B, T, fft / 2]
         return (power @ self.filters).clamp(min=FLOOR).log()
 
     def normalise(self, frames):
@@ -84,11 +83,8 @@ class LogMel(nn.Module):
 
 
 class FlatList:
-    """A read-only list of byte strings in one flat buffer: bytes, or a file to be memory-mapped.
-
-    Two million Python strings would be copied, page by page, into every loader worker that touches their reference
-    counts. A flat buffer is shared, and a mapped file reaches a worker as its name.
-    """
+    """A read-only list of byte strings in one flat buffer: bytes, or a file to be memory-mapped. Two million Python
+    strings would be copied, page by page, into each loader worker that touches their reference counts."""
 
     def __init__(self, source):
         self.source = source
@@ -102,7 +98,7 @@ class FlatList:
         ends = np.cumsum([len(string) for string in strings], dtype=np.int64)
         return len(ends).to_bytes(8, sys.byteorder) + ends.tobytes() + b"".join(strings)
 
-    def __reduce__(self):
+    def __reduce__(self):  # a mapped file reaches a worker as its name
         return FlatList, (self.source,)
 
     def __len__(self):
@@ -113,7 +109,6 @@ class FlatList:
 
 
 def write_atomically(path, content):
-    """All of the file or none of it, whenever the power goes."""
     with open(f"{path}.{os.getpid()}.tmp", "wb") as file:
         file.write(content)
     os.replace(file.name, path)
@@ -125,8 +120,8 @@ def printable(name):
 
 
 def find_recordings(path):
-    """All recordings of a folder, list, tar or file, sorted. An entry is a path below its folder; that of a
-    member of a tar is shard, offset, size and name, joined by zero bytes. ValueError names what is missing."""
+    """All recordings of a folder, list, tar or file, sorted: paths below its folder, or, for a member of a tar, shard,
+    offset, size and name, joined by zero bytes. ValueError names what is missing."""
     path = os.fsencode(path)
     if not os.path.exists(path):
         raise ValueError(f"{printable(path)}: does not exist")
@@ -149,15 +144,16 @@ def read_list(path):
     """Paths from a text file, one a line, or from the column `path`, `file` or `filename` (else the first) of a csv or
     tsv; relative ones start at the list's folder."""
     kind = path.lower()[-4:]
-    with open(path, newline="" if kind != b".txt" else None, encoding="utf-8", errors="surrogateescape") as file:
-        rows = csv.reader(file, delimiter="," if kind == b".csv" else "\t") if kind != b".txt" else ([x] for x in file)
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        rows = ([line.rstrip("\r\n")] for line in file)
+        rows = rows if kind == b".txt" else csv.reader(file, delimiter="," if kind == b".csv" else "\t")
         rows = [row for row in rows if row and row[0].strip()]
     header = [cell.strip().lower() for cell in rows[0]] if rows else []
     column = next((header.index(name) for name in ("path", "file", "filename") if name in header), None)
-    names = [os.fsencode(row[column or 0].strip("\n")) for row in rows[column is not None :]]
+    names = [os.fsencode(row[column or 0]) for row in rows[column is not None :]]
     missing = [name for name in names if not os.path.isfile(os.path.join(os.path.dirname(path), name))]
     if missing:
-        raise ValueError(f"{printable(path)}: {len(missing)} of its {len(names)} files do not exist, the first is "
+        raise ValueError(f"{printable(path)}: {len(missing)} of its {len(names)} files are missing, first "
                          f"{printable(missing[0])}")
     return names
 
@@ -182,11 +178,22 @@ def resampler(rate, wanted):
     return torchaudio.transforms.Resample(ratio.denominator, ratio.numerator)
 
 
+def is_cut(sound, file):
+    """Whether a file stops short of its own header. Of a wav or aiff only libsndfile's log tells (a length near 2^32 is
+    that of a stream); an Ogg ends where its last page does."""
+    length = re.search(r"(?:data|SSND) : (\d+) \(should be (\d+)\)", sound.extra_info)
+    if sound.format != "OGG":
+        return length is not None and int(length[2]) < int(length[1]) < 2**31 - 2**16
+    file.seek(max(file.seek(0, 2) - 2**16, 0))
+    page = file.read().rpartition(b"OggS")[2]  # behind the mark: 22 bytes, a count of segments, their sizes, and they
+    return len(page) < 23 or len(page) < 23 + page[22] + sum(page[23 : 23 + page[22]])
+
+
 class AudioFiles:
-    """Recordings as mono float32 at one sample rate. Reading one that cannot be used raises one of CANNOT_USE."""
+    """Recordings as mono float32 at one sample rate. One that cannot be used raises something of CANNOT_USE."""
 
     def __init__(self, root, entries, sample_rate):
-        self.root, self.entries, self.sample_rate = root, entries, sample_rate
+        self.root, self.entries, self.sample_rate = os.fsencode(root), entries, sample_rate
 
     def name(self, i):
         shard, *member = self.entries[i].split(b"\0", 3)
@@ -197,15 +204,13 @@ class AudioFiles:
         path = os.path.join(self.root, path)
         if not os.path.isfile(path):
             raise ValueError("not a file")  # opening a pipe would wait for ever
-        if member:
-            with open(path, "rb") as shard:
-                shard.seek(int(member[0]))
-                path = io.BytesIO(shard.read(int(member[1])))
-        sound = soundfile.SoundFile(path)
-        # libsndfile silently shortens what ends too early; only its log tells. Streams claim a length of 2^31 or more.
-        cut = re.search(r"(?:data|SSND) : (\d+) \(should be (\d+)\)", sound.extra_info)
-        if cut and int(cut[2]) < int(cut[1]) < 2**31 - 4096 or "lacks an end-of-stream" in sound.extra_info:
-            raise ValueError("truncated")
+        with open(path, "rb") as file:
+            if member:
+                file.seek(int(member[0]))
+                file = io.BytesIO(file.read(int(member[1])))
+            sound = soundfile.SoundFile(io.BytesIO(file.getvalue()) if member else path)
+            if is_cut(sound, file):
+                raise ValueError("truncated")
         if sound.frames == 0 or sound.channels > 64 or not 1000 <= sound.samplerate <= 768000:
             raise ValueError(f"{sound.frames} samples, {sound.channels} channels, {sound.samplerate} Hz")
         return sound
@@ -214,7 +219,8 @@ class AudioFiles:
         """The next samples, `count` or what is left -> float32 mono at the file's own rate."""
         count = min(count, sound.frames - sound.tell())
         waveform = sound.read(count, dtype="float32", always_2d=True)
-        waveform = waveform[:, 0] if sound.channels == 1 else waveform.mean(axis=1)
+        waveform = waveform[:, 0] if sound.channels == 1 else waveform @ np.full(
+            sound.channels, 1 / sound.channels, np.float32)
         if len(waveform) < count and sound.frames < 2**40:  # above: a stream that does not say its length
             raise ValueError("truncated")
         if len(waveform) and not max(waveform.max(), -waveform.min()) < 1e6:
@@ -222,13 +228,15 @@ class AudioFiles:
         return waveform
 
     def resample(self, waveform, rate):
-        return waveform if rate == self.sample_rate else (
-            resampler(rate, self.sample_rate)(torch.from_numpy(np.ascontiguousarray(waveform))).numpy())
+        if rate == self.sample_rate:
+            return waveform
+        return resampler(rate, self.sample_rate)(torch.from_numpy(np.ascontiguousarray(waveform))).numpy()
 
     def window(self, i, length, rng):
         """`length` samples from a random place in recording i, or all of it if it is shorter -> float32."""
         with self.open(i) as sound:
-            rate, frames, count = sound.samplerate, sound.frames, math.ceil(length * sound.samplerate / self.sample_rate)
+            rate, frames = sound.samplerate, sound.frames
+            count = math.ceil(length * rate / self.sample_rate)
             start = int(rng.random() * (frames - count + 1)) if count < frames < 2**40 else 0
             if start + count > 30 * rate:  # a seek in compressed audio is slow, and was faulty for years: avoid it
                 sound.seek(start)
@@ -238,9 +246,9 @@ class AudioFiles:
     def windows(self, i, length):
         """Recording i from start to end in windows of `length` samples, the last one shorter."""
         with self.open(i) as sound:
-            rate, end = sound.samplerate, 0
+            rate, end = sound.samplerate, 0.0
             while True:
-                end += length * sound.samplerate / self.sample_rate
+                end += length * rate / self.sample_rate
                 waveform = self.read(sound, round(end) - sound.tell())
                 if not len(waveform):
                     return
@@ -251,7 +259,7 @@ class PackedFrames:
     """Recordings as the fp16 log-mel frames of `pack`, read like `AudioFiles` but counted in frames."""
 
     def __init__(self, folder, entries):
-        self.folder, self.entries = folder, entries
+        self.folder, self.entries = os.fsencode(folder), entries
 
     def name(self, i):
         return os.fsdecode(self.entries[i].split(b"\0", 3)[3])
@@ -260,17 +268,16 @@ class PackedFrames:
         shard, first, count, _ = self.entries[i].split(b"\0", 3)
         first, count = int(first), int(count)
         start = first + int(rng.random() * max(count - length + 1, 1))
-        return map_frames(os.path.join(self.folder, os.fsdecode(shard)))[start : min(start + length, first + count)]
+        return map_frames(os.path.join(self.folder, shard))[start : min(start + length, first + count)]
 
 
 @functools.lru_cache(maxsize=None)
 def map_frames(path):
-    return np.asarray(np.load(path, mmap_mode="r"))
+    return np.asarray(np.load(os.fsdecode(path), mmap_mode="r"))
 
 
 class Clips(Dataset):
-    """What the two data sets share: `clips[i]` is clip i of the epoch chosen with `set_epoch`, a tensor, and a pure
-    function of (seed, epoch, i).
+    """`clips[i]` is clip i of the epoch chosen with `set_epoch`: a tensor, and a pure function of (seed, epoch, i).
 
     A DataLoader asks for a batch of (epoch, i) at once and gets (batch, tried, bad): the number of recordings read, and
     those that could not be used. The batch is None if ten in a row could not.
@@ -282,9 +289,7 @@ class Clips(Dataset):
         self.epoch = epoch
 
     def __getitem__(self, i):
-        if not 0 <= i < len(self):
-            raise IndexError(i)
-        clip, _, bad = self.fetch(self.epoch, i)
+        clip, _, bad = self.fetch(self.epoch, range(len(self))[i])
         if clip is None:
             raise RuntimeError(f"{len(bad)} recordings in a row cannot be used, the last is {': '.join(bad[-1])}")
         return torch.from_numpy(clip)
@@ -300,32 +305,31 @@ class AudioClips(Clips):
 
     A longer recording gives a random window. A shorter one is filled up, end to end, with further recordings, lest most
     patches be the same silence; only a rest of less than a patch is silent. A bad one is replaced in the same way.
-    ValueError if there is no audio. `index_file` is the list of recordings as a `FlatList` on disk, if there is one: two
-    million files are then not searched for again, and all processes map it together.
+    ValueError if there is no audio. `index_file`: the list of recordings as a file, instead of another search.
     """
 
     def __init__(self, path, sample_rate=32000, clip_seconds=10.0, seed=0, index_file=None):
         self.seed, self.packed = seed, os.path.isfile(os.path.join(path, "pack.json"))
         if self.packed:
             with open(os.path.join(path, "pack.json")) as file:
-                packed_rate = json.load(file)["sample_rate"]
-            if packed_rate != sample_rate or not os.path.isfile(os.path.join(path, "index")):
-                raise ValueError(f"{path}: packed at {packed_rate} Hz, wanted {sample_rate} Hz, or never finished")
-            self.source = PackedFrames(path, FlatList(os.path.join(path, "index")))
-            self.length, self.patch, self.silence = round(clip_seconds * FRAMES_PER_SECOND), PATCH_FRAMES, math.log(FLOOR)
-            return
-        root = path if os.path.isdir(path) else os.path.dirname(path)
-        known = index_file is not None and os.path.isfile(index_file)
-        entries = FlatList(index_file if known else FlatList.pack(find_recordings(path)))
-        self.source = AudioFiles(os.fsencode(root), entries, sample_rate)
-        self.length, self.patch, self.silence = round(clip_seconds * sample_rate), round(sample_rate * 0.625), 0.0
+                rate, index = json.load(file)["sample_rate"], os.path.join(path, "index")
+            if rate != sample_rate or not os.path.isfile(index):
+                raise ValueError(f"{path}: packed at {rate} Hz and not {sample_rate}, or not to the end")
+            self.source, self.silence = PackedFrames(path, FlatList(index)), math.log(FLOOR)
+            self.length, self.patch = round(clip_seconds * FRAMES_PER_SECOND), PATCH_FRAMES
+        else:
+            known = index_file is not None and os.path.isfile(index_file)
+            entries = FlatList(os.fspath(index_file) if known else FlatList.pack(find_recordings(path)))
+            root = path if os.path.isdir(path) else os.path.dirname(path)
+            self.source, self.silence = AudioFiles(root, entries, sample_rate), 0.0
+            self.length, self.patch = round(clip_seconds * sample_rate), round(sample_rate * 0.625)
 
     def __len__(self):
         return len(self.source.entries)
 
     @property
     def fingerprint(self):
-        """Tells two sets of recordings apart, wherever they lie."""
+        """Tells one set of recordings from another, wherever they lie."""
         return f"{len(self)} recordings, crc {zlib.crc32(self.source.entries.text):08x}"
 
     def fetch(self, epoch, i):
@@ -406,7 +410,7 @@ def in_workers(work, files, indices):
 
 
 def describe(files, i):
-    """One recording, decoded to its end -> (seconds, sample rate, channels, peak)."""
+    """A recording decoded to its end -> (seconds, sample rate, channels, peak)."""
     with files.open(i) as sound:
         peak = samples = 0
         while len(waveform := files.read(sound, 2**20)):
@@ -415,60 +419,54 @@ def describe(files, i):
 
 
 def scan(path):
-    """Print what `path` holds. Every recording is decoded whole."""
-    files = AudioClips(path).source
-    rows, bad = [], []
+    """Print what `path` holds."""
+    files, good, bad = AudioClips(path).source, [], []
     for i, row, reason in tqdm(in_workers(describe, files, range(len(files.entries))), unit=" recordings"):
-        rows.append(row) if row else bad.append(f"    {printable(files.name(i))}: {reason}")
-    seconds, rates, channels, peaks = zip(*rows) if rows else [()] * 4
-    edges = (0, 0.625, 2, 9.9, 10.1, 60, math.inf)
-    table = [("recordings", len(rows) + len(bad)), ("hours", f"{sum(seconds) / 3600:.2f}"),
-             ("silent", sum(peak == 0 for peak in peaks)), ("unreadable", len(bad))]
-    table += [(f"{rate} Hz", count) for rate, count in sorted(Counter(rates).items())]
-    table += [(f"{count} channels", number) for count, number in sorted(Counter(channels).items())]
-    table += [(f"{low:g} s to {high:g} s", sum(low <= s < high for s in seconds)) for low, high in zip(edges, edges[1:])]
-    print("\n".join(f"{label:>18}  {value}" for label, value in table))
-    print("\n".join(bad[:20] + [f"    and {len(bad) - 20} more"] * (len(bad) > 20)))
+        bad.append(f"    {printable(files.name(i))}: {reason}") if reason else good.append(row)
+    seconds, rates, channels, peaks = zip(*good) if good else [()] * 4
+    lengths = Counter(next(edge for edge in (0.625, 9.9, 10.1, 60, math.inf) if x < edge) for x in seconds)
+    table = [("recordings", len(good) + len(bad)), ("hours", f"{sum(seconds) / 3600:.2f}"), ("silent", peaks.count(0)),
+             ("unreadable", len(bad)), *((f"{rate} Hz", n) for rate, n in sorted(Counter(rates).items())),
+             *((f"{count} channels", n) for count, n in sorted(Counter(channels).items())),
+             *((f"under {edge:g} s", n) for edge, n in sorted(lengths.items()))]
+    print("\n".join([f"{label:>18}  {value}" for label, value in table] + bad))
 
 
 def all_frames(log_mel, files, i):
-    """A whole recording -> raw log-mel frames [frames, mel_bins], fp16. Windows of 10 s meet without overlap."""
-    frames = []
-    for waveform in files.windows(i, round(10 * files.sample_rate)):
-        clip = np.zeros((1, round(10 * files.sample_rate)), np.float32)
-        clip[0, : len(waveform)] = waveform
-        frames.append(log_mel.frames(torch.from_numpy(clip))[0, : max(1, round(len(waveform) / log_mel.hop))].half())
+    """A whole recording -> raw log-mel frames [T, F], fp16, of windows of 10 s that meet without overlap."""
+    frames, samples = [], round(10 * files.sample_rate)
+    for waveform in files.windows(i, samples):
+        clip = torch.nn.functional.pad(torch.from_numpy(waveform.copy()), (0, samples - len(waveform)))
+        frames.append(log_mel.frames(clip[None])[0, : max(1, round(len(waveform) / log_mel.hop))].half())
     return torch.cat(frames)
 
 
 def pack(path, out, sample_rate):
-    """Write every recording of `path` as log-mel frames, a thousand to a shard; shards that are there are kept."""
-    files = AudioClips(path, sample_rate).source
-    work = functools.partial(all_frames, LogMel(sample_rate))
-    made = json.dumps({"sample_rate": sample_rate, "recordings": len(files.entries)})
+    """Write all recordings as log-mel frames, a thousand to a shard. Run again, it keeps the shards that are there."""
+    files = AudioClips(path, sample_rate)
+    files, made = files.source, json.dumps(dict(sample_rate=sample_rate, source=files.fingerprint))
     os.makedirs(out, exist_ok=True)
-    settings = os.path.join(out, "pack.json")
-    if os.path.exists(settings) and open(settings).read() != made:
-        raise ValueError(f"{out}: packed from other recordings or at another rate: {open(settings).read()}")
-    write_atomically(settings, made.encode())
-    index = []
+    if os.path.exists(os.path.join(out, "pack.json")):
+        with open(os.path.join(out, "pack.json")) as file:
+            if file.read() != made:
+                raise ValueError(f"{out}: holds other recordings, or another rate; wanted {made}")
+    write_atomically(os.path.join(out, "pack.json"), made.encode())
+    work, index = functools.partial(all_frames, LogMel(sample_rate)), []
     for begin in tqdm(range(0, len(files.entries), 1000), unit=" shards"):
-        shard = os.path.join(out, f"{begin // 1000:06d}.npy")
-        if not os.path.exists(shard + ".index"):
-            frames, rows, first = [], [], 0
+        name = f"{begin // 1000:06d}.npy"
+        if not os.path.exists(os.path.join(out, name + ".index")):
+            shard, rows, first = io.BytesIO(), [], 0
+            frames = [torch.empty(0, 128, dtype=torch.half)]
             for i, answer, reason in in_workers(work, files, range(begin, min(begin + 1000, len(files.entries)))):
                 if reason:
-                    tqdm.write(f"left out: {printable(files.name(i))}: {reason}", file=sys.stderr)
+                    tqdm.write(f"left out: {printable(files.name(i))}: {reason}")
                     continue
-                name = os.fsencode(files.name(i))
-                rows.append(b"\0".join([os.path.basename(shard).encode(), b"%d" % first, b"%d" % len(answer), name]))
-                frames.append(answer)
-                first += len(answer)
-            buffer = io.BytesIO()
-            np.save(buffer, torch.cat(frames).numpy() if frames else np.zeros((0, 128), np.float16))
-            write_atomically(shard, buffer.getbuffer())
-            write_atomically(shard + ".index", FlatList.pack(rows))
-        index += FlatList(shard + ".index")
+                rows.append(b"%s\0%d\0%d\0%s" % (name.encode(), first, len(answer), os.fsencode(files.name(i))))
+                frames, first = frames + [answer], first + len(answer)
+            np.save(shard, torch.cat(frames).numpy())
+            write_atomically(os.path.join(out, name), shard.getbuffer())
+            write_atomically(os.path.join(out, name + ".index"), FlatList.pack(rows))
+        index += FlatList(os.path.join(out, name + ".index"))
     write_atomically(os.path.join(out, "index"), FlatList.pack(index))
 
 
@@ -482,5 +480,6 @@ if __name__ == "__main__":
     args = parser.parse_args()
     try:
         scan(args.path) if args.command == "scan" else pack(args.path, args.out, args.sample_rate)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    except CANNOT_USE as error:
+        print(f"data.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -17,6 +17,7 @@ D encoder width, P predictor width, H heads, L tokens of whatever sequence is at
 
 `python model.py` prints the parameters and the arithmetic of every preset.
 """
+import ctypes
 import math
 import pickle
 from dataclasses import dataclass
@@ -259,6 +260,19 @@ def load_checkpoint(path):
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path}: refused, holds a {type(checkpoint).__name__} instead of a dict")
     return checkpoint
+
+
+def tune_cpu():
+    """Two process-wide settings that make bf16 on a CPU twice as fast; nothing on a GPU depends on them."""
+    try:  # keep freed memory: by default every large tensor is fetched from the kernel anew, and zeroed page by page
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    except (OSError, AttributeError, TypeError):
+        pass  # not glibc
+    if not torch.cuda.is_available():  # the CPU's flash attention is slow at 128 tokens, its backward pass most of all
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
 
 
 def gflops_per_clip(config, masked_share=0.5):

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from data import FRAMES_PER_SECOND, AudioClips, LogMel, SyntheticClips, printable
 from masking import block_mask, draw_masks, ema_decay, random_mask, update_ema
-from model import JEPA, LOSSES, PRESETS, VisionTransformer, gflops_per_clip, load_checkpoint
+from model import JEPA, LOSSES, PRESETS, VisionTransformer, gflops_per_clip, load_checkpoint, tune_cpu
 
 FORMAT = "audio-jepa 1"
 PROGRESS = dict(step=0, losses=[], tried=0, bad=0, skipped=0, skipped_in_a_row=0)  # losses: since the last log line
@@ -450,9 +450,7 @@ def parse_args():
 
 
 def main():
-    if os.environ.get("M"):
-        import ctypes
-        ctypes.CDLL(None).mallopt(-3,2**31-1), ctypes.CDLL(None).mallopt(-1,2**31-1)
+    tune_cpu()
     args = parse_args()
     last = Path(args.out) / "last.pt"
     try:
