@@ -178,6 +178,17 @@ def resampler(rate, wanted):
     return torchaudio.transforms.Resample(ratio.denominator, ratio.numerator)
 
 
+def resample(waveform, rate, wanted):
+    """float32 [samples] at one rate -> at another. torchaudio's kernel, applied as a matrix product: its
+    convolution is set up anew for each new length, which in recordings of all lengths took 4 times as long."""
+    if rate == wanted or not len(waveform):
+        return waveform
+    sinc = resampler(rate, wanted)  # its kernel: [phases, 1, taps], one phase for each sample it makes of orig_freq
+    padded = nn.functional.pad(torch.from_numpy(waveform.copy()), (sinc.width, sinc.width + sinc.orig_freq))
+    made = padded.unfold(0, sinc.kernel.shape[2], sinc.orig_freq) @ sinc.kernel[:, 0].T
+    return made.flatten()[: math.ceil(len(waveform) * sinc.new_freq / sinc.orig_freq)].numpy()
+
+
 def is_cut(sound, file):
     """Whether a file stops short of its own header. Of a wav or aiff only libsndfile's log tells (a length near 2^32 is
     that of a stream); an Ogg ends where its last page does."""
@@ -227,11 +238,6 @@ class AudioFiles:
             raise ValueError("holds NaN, Inf or numbers that are no sound")
         return waveform
 
-    def resample(self, waveform, rate):
-        if rate == self.sample_rate:
-            return waveform
-        return resampler(rate, self.sample_rate)(torch.from_numpy(np.ascontiguousarray(waveform))).numpy()
-
     def window(self, i, length, rng):
         """`length` samples from a random place in recording i, or all of it if it is shorter -> float32."""
         with self.open(i) as sound:
@@ -241,7 +247,7 @@ class AudioFiles:
             if start + count > 30 * rate:  # a seek in compressed audio is slow, and was faulty for years: avoid it
                 sound.seek(start)
                 start = 0
-            return self.resample(self.read(sound, start + count)[start:], rate)[:length]
+            return resample(self.read(sound, start + count)[start:], rate, self.sample_rate)[:length]
 
     def windows(self, i, length):
         """Recording i from start to end in windows of `length` samples, the last one shorter."""
@@ -252,7 +258,7 @@ class AudioFiles:
                 waveform = self.read(sound, round(end) - sound.tell())
                 if not len(waveform):
                     return
-                yield self.resample(waveform, rate)[:length]
+                yield resample(waveform, rate, self.sample_rate)[:length]
 
 
 class PackedFrames:
