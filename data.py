@@ -61,6 +61,7 @@ class LogMel(nn.Module):
 
     def frames(self, waveform):
         """Raw log-mel: [B, samples] -> [B, round(samples / hop), mel_bins]."""
+        waveform = waveform - waveform.mean(1, keepdim=True)  # changes nothing but the rounding
         samples = waveform.shape[1]
         count = (samples + self.hop // 2) // self.hop
         left = self.window_length // 2 - self.hop // 2  # half a window before the middle of the first hop
@@ -137,7 +138,7 @@ def find_recordings(path):
         entries += tar_members(root, shard)
     if not entries:
         raise ValueError(f"{printable(path)}: no audio found ({b' '.join(AUDIO).decode()}, or such in a .tar)")
-    return sorted(entries)
+    return sorted(entries, key=lambda entry: entry.split(b"\0", 3)[::3])  # by shard and name
 
 
 def read_list(path):

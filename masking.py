@@ -82,7 +82,7 @@ def update_ema(target, context, decay):
     ValueError if their names differ. Call it once per optimiser step, right after it, on fp32 weights: at tau = 0.9999 a
     bf16 weight would never move.
     """
-    theirs, ours = context.state_dict(), target.state_dict()
+    theirs, ours = (dict([*m.named_parameters(), *m.named_buffers()]) for m in (context, target))
     if theirs.keys() != ours.keys():
         raise ValueError(f"the two encoders differ in {sorted(theirs.keys() ^ ours.keys())}")
     moving = [name for name, tensor in ours.items() if tensor.is_floating_point()]

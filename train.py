@@ -7,7 +7,7 @@
 `train_step` is the method. Every schedule, mask, clip and window is a pure function of (seed, step): one process, several,
 accumulation, and a run that was cut off and started again with the same --out are all the same run.
 """
-import argparse, copy, csv, dataclasses, fcntl, functools, itertools, math, multiprocessing, os, resource, signal, sys, threading, time, zlib
+import argparse, copy, csv, dataclasses, fcntl, functools, itertools, math, multiprocessing, os, random, resource, signal, sys, threading, time, zlib
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,27 +47,31 @@ def learning_rate(step, steps, peak=3e-4, warmup=1000):
 
 
 class ClipOrder:
-    """Which clips a process reads: (epoch, clip) for each of its micro-batches from step `start` to `steps`.
+    """The clips of one micro-batch after another, as lists of (epoch, clip).
 
-    Epochs follow each other in one endless stream, each in its own order of (seed, epoch); a step takes the next
-    `batch_size` of it, cut into accum x WORLD micro-batches. So no clip is dropped, and any step can be started at.
+    Epochs follow each other in one endless stream, each in its own order of (seed, epoch). Chunk k is the k-th `size`
+    clips of it: no clip is left out, any step can be entered at, and processes share the chunks of a step.
     """
 
-    def __init__(self, num_clips, seed, batch_size, accum, start, steps):
-        self.num_clips, self.seed = num_clips, seed
-        self.micro_batch = batch_size // (accum * WORLD)
-        self.chunks = range(start * accum * WORLD + RANK, steps * accum * WORLD, WORLD)
+    def __init__(self, num_clips, seed, size, chunks):
+        self.num_clips, self.seed, self.size, self.chunks = num_clips, seed, size, chunks
         self.order = functools.lru_cache(maxsize=2)(self.shuffled)
 
     def shuffled(self, epoch):
-        generator = torch.Generator().manual_seed(zlib.crc32(f"order of seed {self.seed}, epoch {epoch}".encode()))
-        return torch.randperm(self.num_clips, generator=generator)
+        rng = random.Random(f"order of epoch {epoch}, seed {self.seed}")
+        return torch.randperm(self.num_clips, generator=torch.Generator().manual_seed(rng.getrandbits(63)))
 
     def __iter__(self):
         for chunk in self.chunks:
-            places = range(chunk * self.micro_batch, (chunk + 1) * self.micro_batch)
-            yield [(place // self.num_clips, int(self.order(place // self.num_clips)[place % self.num_clips]))
-                   for place in places]
+            places = (divmod(place, self.num_clips) for place in range(chunk * self.size, (chunk + 1) * self.size))
+            yield [(epoch, int(self.order(epoch)[i])) for epoch, i in places]
+
+
+def clip_order(args, num_clips, start, steps):
+    """The micro-batches of this process from one step to another."""
+    per_step = args.accum * WORLD
+    chunks = range(start * per_step + RANK, steps * per_step, WORLD)
+    return ClipOrder(num_clips, args.seed, args.batch_size // per_step, chunks)
 
 
 def quiet_worker(_):
@@ -88,8 +92,7 @@ def loader(args, clips, order, device):
 def statistics(args, clips, log_mel, device):
     """Mean and std of the raw log-mel over the first 256 clips of the training order: what `LogMel` normalises by."""
     count = total = squares = 0
-    order = ClipOrder(len(clips), args.seed, 16 * WORLD, 1, 0, 16)
-    for batch, _, bad in loader(args, clips, order, device):
+    for batch, _, bad in loader(args, clips, ClipOrder(len(clips), args.seed, 16, range(16)), device):
         if batch is None:
             fail(f"ten recordings in a row cannot be used, the last is {': '.join(bad[-1])}", 1)
         frames = (batch if clips.packed else log_mel.frames(batch.to(device))).cpu().double()
@@ -171,7 +174,7 @@ def train_step(run, step, batches):
 def train(run):
     """Every step from run.step on, the log and the checkpoints."""
     args, saved = run.args, time.monotonic()
-    order = ClipOrder(len(run.clips), args.seed, args.batch_size, args.accum, run.step, args.steps)
+    order = clip_order(args, len(run.clips), run.step, args.steps)
     batches = spectrograms(run, iter(loader(args, run.clips, order, run.device)))
     began, logged = time.perf_counter(), run.step
     for step in tqdm(range(run.step, args.steps), initial=run.step, total=args.steps,
@@ -371,9 +374,9 @@ def benchmark(run):
             times.append(time.perf_counter() - began)
         return clips / sorted(times[3:])[len(times[3:]) // 2]
 
-    order = ClipOrder(len(run.clips), args.seed, args.batch_size, args.accum, 0, 10**6)
+    order = clip_order(args, len(run.clips), 0, 10**6)
     batches = iter(loader(args, run.clips, order, device))
-    micro_batch, rows = order.micro_batch, {}
+    micro_batch, rows = order.size, {}
     rows["reading"] = rate(lambda: next(batches), micro_batch)
     batch = next(batches)[0].to(device)
     front_end = run.log_mel.normalise if run.clips.packed else run.log_mel
@@ -411,7 +414,7 @@ def number(kind, low, high):
     return parse
 
 
-def parse_args():
+def parse_args(argv):
     parser = Parser(description=__doc__, formatter_class=Formatter)
     add = parser.add_argument
     add("--data", metavar="PATH", help="folder, list, tar shards or packed folder (see data.py); none: synthetic clips")
@@ -438,7 +441,7 @@ def parse_args():
     add("--save-every", type=number(int, 1, 10**9), default=10000, help="steps between the checkpoints that are kept")
     add("--log-every", type=number(int, 1, 10**9), default=50, help="steps between log lines")
     add("--benchmark", action="store_true", help="measure speed and memory, train nothing")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.mask_ratio = list(args.mask_ratio)
     if args.mask_ratio[0] > args.mask_ratio[1]:
         parser.error(f"--mask-ratio {args.mask_ratio[0]} {args.mask_ratio[1]}: the lower one comes first")
@@ -449,9 +452,9 @@ def parse_args():
     return args
 
 
-def main():
+def main(argv=None):
     tune_cpu()
-    args = parse_args()
+    args = parse_args(argv)
     last = Path(args.out) / "last.pt"
     try:
         last.parent.mkdir(parents=True, exist_ok=True)
@@ -471,6 +474,7 @@ def main():
     try:
         benchmark(run) if args.benchmark else train(run)
         if dist.is_initialized():
+            dist.barrier()  # nobody hangs up while another still saves
             dist.destroy_process_group()
     finally:  # loader workers are deaf to what would otherwise end them
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)

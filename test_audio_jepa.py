@@ -1,0 +1,949 @@
+# SPDX-License-Identifier: MIT
+"""What this project claims, as an executable specification: one claim a test, by the file that makes it.
+
+    pytest -q
+
+model.py    sizes, positions, initialisation, what each network sees, the loss, where gradients go
+masking.py  random and block masks, their reproducibility, the EMA and its schedule
+data.py     log-mel against Kaldi, every kind of input, clips, windows, filling up, bad files, packing
+train.py    schedules, monitors; one process = several = accumulation = resume; faults; bad input
+"""
+import csv
+import dataclasses
+import io
+import itertools
+import math
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import torch.nn.functional as F
+
+import data
+import masking
+import model
+import train
+from model import JEPAConfig, JEPA, Predictor, PRESETS, VisionTransformer
+
+HERE = Path(__file__).parent
+torch.set_num_threads(1)  # networks this small gain nothing from more
+SMALL = JEPAConfig(time_bins=64, mel_bins=48, dim=32, depth=2, heads=2, predictor_dim=16, predictor_depth=2,
+                   predictor_heads=2)  # a grid of 4 x 3
+
+
+@pytest.fixture(autouse=True)
+def same_start():
+    torch.manual_seed(0)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# ---------------------------------------------------------------------------------------------------- model.py
+
+
+def count(module):
+    return sum(tensor.numel() for tensor in module.state_dict().values())
+
+
+def test_the_defaults_have_the_papers_size():
+    with torch.device("meta"):
+        assert round(count(VisionTransformer(JEPAConfig())) / 1e6, 2) == 85.35
+        assert round(count(Predictor(JEPAConfig())) / 1e6, 2) == 11.29
+    assert PRESETS["base"] == JEPAConfig() and JEPAConfig().grid == (16, 8)
+
+
+def test_position_table_has_mel_in_its_first_half_and_time_in_its_second():
+    table = model.sincos_positions(32, (4, 3)).view(4, 3, 32)
+    assert torch.equal(table[0, :, :16], table[3, :, :16]) and torch.equal(table[:, 0, 16:], table[:, 2, 16:])
+    assert len(table.reshape(12, 32).unique(dim=0)) == 12
+
+
+def test_position_table_is_the_formula():
+    table, f, t, k = model.sincos_positions(32, (4, 3)), 2, 3, 5
+    token = table[t * 3 + f]
+    wanted = [fn(p / 10000 ** (k / 8)) for p in (f, t) for fn in (math.sin, math.cos)]
+    assert torch.allclose(token[[k, 8 + k, 16 + k, 24 + k]], torch.tensor(wanted))
+
+
+def test_a_token_is_one_patch_in_time_major_order():
+    spectrogram = torch.arange(64.0).view(1, 1, 64, 1) // 16 * 3 + torch.arange(48.0) // 16
+    patches = VisionTransformer(SMALL).patchify(spectrogram)
+    assert torch.equal(patches, torch.arange(12.0).view(1, 12, 1).expand(1, 12, 256))
+
+
+def test_gather_is_the_naive_loop():
+    tokens, idx = torch.randn(3, 12, 5), torch.stack([torch.randperm(12)[:4] for _ in range(3)])
+    naive = torch.stack([torch.stack([tokens[b, i] for i in idx[b]]) for b in range(3)])
+    assert torch.equal(model.gather_tokens(tokens, idx), naive)
+
+
+def test_the_context_encoder_sees_only_visible_patches():
+    encoder, spectrogram = VisionTransformer(SMALL), torch.randn(2, 1, 64, 48)
+    context_idx, target_idx = masking.random_mask(2, SMALL.grid, 5, generator())
+    changed = spectrogram.clone()
+    for b, n in ((b, n) for b in range(2) for n in target_idx[b].tolist()):
+        t, f = n // 3 * 16, n % 3 * 16
+        changed[b, 0, t : t + 16, f : f + 16] += 1
+    assert torch.equal(encoder(spectrogram, context_idx), encoder(changed, context_idx))
+    assert not torch.allclose(encoder(spectrogram), encoder(changed))
+
+
+def test_all_indices_in_order_are_no_mask():
+    encoder, spectrogram = VisionTransformer(SMALL), torch.randn(2, 1, 64, 48)
+    assert torch.allclose(encoder(spectrogram, torch.arange(12).expand(2, 12)), encoder(spectrogram), atol=1e-6)
+
+
+def test_clips_of_a_batch_do_not_meet():
+    encoder, spectrogram = VisionTransformer(SMALL), torch.randn(4, 1, 64, 48)
+    order = torch.tensor([2, 0, 3, 1])
+    assert torch.allclose(encoder(spectrogram)[order], encoder(spectrogram[order]), atol=1e-6)
+
+
+def test_a_prediction_changes_with_the_position_it_is_asked_for():
+    predictor, context = Predictor(SMALL), torch.randn(1, 6, 32)
+    context_idx = torch.arange(6).unsqueeze(0)
+    one, other = (predictor(context, context_idx, torch.tensor([[n]])) for n in (7, 11))
+    assert (one - other).abs().max() > 1e-4
+
+
+def test_predictions_follow_the_order_of_their_indices():
+    predictor, context, context_idx = Predictor(SMALL), torch.randn(1, 6, 32), torch.arange(6).unsqueeze(0)
+    forth, back = (predictor(context, context_idx, torch.tensor([idx])) for idx in ([7, 9, 11], [11, 9, 7]))
+    assert torch.allclose(forth, back.flip(1), atol=1e-6)
+
+
+def test_weights_start_with_the_std_that_is_claimed():
+    for network in (VisionTransformer(PRESETS["tiny"]), Predictor(PRESETS["base"])):
+        for i, block in enumerate(network.blocks, start=1):
+            assert block.attn.qkv.weight.std().item() == pytest.approx(0.02, rel=0.05)
+            assert block.mlp.fc1.weight.std().item() == pytest.approx(0.02, rel=0.05)
+            for projection in (block.attn.proj, block.mlp.fc2):
+                assert projection.weight.std().item() == pytest.approx(0.02 / math.sqrt(2 * i), rel=0.05)
+                assert not projection.bias.any()
+
+
+def test_the_loss_is_equation_2_on_normalised_targets():
+    jepa = JEPA(SMALL)
+    spectrogram, targets = torch.randn(2, 1, 64, 48), torch.randn(2, 12, 32) * 7 + 3
+    context_idx, target_idx = masking.random_mask(2, SMALL.grid, 5, generator())
+    predictions = jepa.predictor(jepa.context_encoder(spectrogram, context_idx), context_idx, target_idx)
+    total = 0.0
+    for b in range(2):
+        for j, n in enumerate(target_idx[b]):
+            t = targets[b, n]
+            t = (t - t.mean()) / (t.var(correction=0) + 1e-5).sqrt()
+            total += (predictions[b, j] - t).square().sum() / 10
+    assert torch.allclose(jepa(spectrogram, context_idx, target_idx, targets), total, rtol=1e-5)
+
+
+def test_targets_may_come_whole_or_masked():
+    jepa, spectrogram, targets = JEPA(SMALL), torch.randn(2, 1, 64, 48), torch.randn(2, 12, 32)
+    masks = masking.random_mask(2, SMALL.grid, 5, generator())
+    masked = model.gather_tokens(targets, masks[1])
+    assert torch.equal(jepa(spectrogram, *masks, targets), jepa(spectrogram, *masks, masked))
+
+
+def test_the_scale_of_the_targets_cannot_lower_the_loss():
+    for loss in model.LOSSES:
+        jepa, spectrogram, targets = JEPA(SMALL, loss), torch.randn(2, 1, 64, 48), torch.randn(2, 12, 32)
+        masks = masking.random_mask(2, SMALL.grid, 5, generator())
+        one, shrunk = jepa(spectrogram, *masks, targets), jepa(spectrogram, *masks, targets * 0.1)
+        assert torch.allclose(one, shrunk, rtol=1e-2) and one.shape == ()
+
+
+def test_cosine_loss_is_zero_for_equal_directions_and_four_for_opposite_ones():
+    x = torch.randn(2, 5, 32)
+    assert model.cosine_loss(3 * x, x).item() == pytest.approx(0, abs=1e-5)
+    assert model.cosine_loss(-x, x).item() == pytest.approx(4, abs=1e-5)
+
+
+def test_gradients_reach_every_trained_weight_and_no_target():
+    jepa, target_encoder = JEPA(SMALL), VisionTransformer(SMALL)
+    spectrogram = torch.randn(2, 1, 64, 48)
+    masks = masking.random_mask(2, SMALL.grid, 5, generator())
+    jepa(spectrogram, *masks, target_encoder(spectrogram)).backward()
+    assert all(parameter.grad is not None for parameter in jepa.parameters())
+    assert all(parameter.grad is None for parameter in target_encoder.parameters())
+
+
+def test_the_loss_is_computed_in_fp32_under_autocast():
+    jepa, targets = JEPA(SMALL), torch.randn(2, 12, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = jepa(torch.randn(2, 1, 64, 48), *masking.random_mask(2, SMALL.grid, 5, generator()), targets)
+    assert loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize("wrong", [dict(time_bins=250), dict(mel_bins=100), dict(dim=100), dict(predictor_heads=7),
+                                   dict(depth=0), dict(heads=-1), dict(dim="768"), dict(depth=10**9)])
+def test_sizes_that_do_not_fit_are_refused_at_construction(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        JEPAConfig(**wrong)
+
+
+def test_a_spectrogram_of_another_size_is_refused():
+    with pytest.raises(ValueError, match="64 x 48"):
+        VisionTransformer(SMALL)(torch.randn(1, 1, 64, 64))
+
+
+# -------------------------------------------------------------------------------------------------- masking.py
+
+STRATEGIES = pytest.mark.parametrize("strategy", [masking.random_mask, masking.block_mask])
+
+
+@STRATEGIES
+@pytest.mark.parametrize("grid,num_masked", [((16, 8), 51), ((16, 8), 77), ((1, 8), 3), ((48, 5), 100), ((16, 8), 1)])
+def test_context_and_target_are_disjoint_and_complete(strategy, grid, num_masked):
+    context_idx, target_idx = strategy(7, grid, num_masked, generator())
+    assert target_idx.shape == (7, num_masked) and target_idx.dtype == torch.int64
+    everything = torch.cat([context_idx, target_idx], 1).sort(1).values
+    assert torch.equal(everything, torch.arange(grid[0] * grid[1]).expand(7, -1))
+
+
+@STRATEGIES
+def test_every_clip_has_a_mask_of_its_own(strategy):
+    _, target_idx = strategy(64, (16, 8), 60, generator())
+    assert len(target_idx.unique(dim=0)) == 64
+
+
+def test_random_masks_hide_every_patch_equally_often():
+    _, target_idx = masking.random_mask(20000, (16, 8), 64, generator())
+    counts = target_idx.flatten().bincount(minlength=128)
+    assert ((counts - 10000).abs() < 5 * math.sqrt(20000 * 0.25)).all()  # 5 sigma
+
+
+def test_random_masks_hide_neighbours_independently():
+    _, target_idx = masking.random_mask(20000, (16, 8), 64, generator())
+    hidden = torch.zeros(20000, 128).scatter_(1, target_idx, 1.0)
+    both = (hidden[:, 60] * hidden[:, 61]).mean().item()
+    assert both == pytest.approx(64 / 128 * 63 / 127, abs=0.02)
+
+
+def test_block_masks_reach_the_edges_and_favour_no_corner():
+    _, target_idx = masking.block_mask(20000, (16, 8), 64, generator())
+    share = target_idx.flatten().bincount(minlength=128).view(16, 8) / 20000
+    assert share.min() > 0.05  # a corner belongs to few rectangles, but to some
+    for flipped in (share.flip(0), share.flip(1)):
+        assert (share - flipped).abs().max() < 0.03
+
+
+def test_block_masks_are_made_of_blocks():
+    def equal_neighbours(strategy):
+        _, target_idx = strategy(500, (16, 8), 64, generator())
+        hidden = torch.zeros(500, 128).scatter_(1, target_idx, 1.0).view(500, 16, 8)
+        return (hidden[:, 1:] == hidden[:, :-1]).float().mean().item()
+    assert equal_neighbours(masking.block_mask) > 0.8 > 0.6 > equal_neighbours(masking.random_mask)
+
+
+@STRATEGIES
+def test_masks_are_a_pure_function_of_seed_and_step(strategy):
+    def draw(seed, step):
+        torch.rand(3)  # the global generator has no say
+        return masking.draw_masks(strategy, seed, step, 8, (16, 8), (0.4, 0.6), "cpu")[1]
+    assert torch.equal(draw(1, 5), draw(1, 5))
+    assert not any(a.shape == b.shape and torch.equal(a, b) for a, b in
+                   itertools.combinations([draw(1, 5), draw(1, 6), draw(2, 5)], 2))
+
+
+def test_the_masked_share_is_drawn_once_a_step_over_its_whole_range():
+    counts = {masking.draw_masks(masking.random_mask, 0, step, 2, (16, 8), (0.4, 0.6), "cpu")[1].shape[1]
+              for step in range(1000)}
+    assert counts == set(range(51, 78))
+
+
+def test_no_mask_is_empty_and_none_is_all():
+    for num_masked in (0, 128):
+        with pytest.raises(ValueError, match="patches masked"):
+            masking.random_mask(2, (16, 8), num_masked, generator())
+    for ratio in ((0.001, 0.001), (0.999, 0.999)):
+        context_idx, target_idx = masking.draw_masks(masking.random_mask, 0, 0, 2, (1, 4), ratio, "cpu")
+        assert context_idx.shape[1] >= 1 and target_idx.shape[1] >= 1
+
+
+def test_ema_decay_is_byols_cosine():
+    assert masking.ema_decay(0, 100) == pytest.approx(0.996, abs=1e-12)
+    assert masking.ema_decay(50, 100) == pytest.approx(0.998, abs=1e-12)
+    assert masking.ema_decay(100, 100) == masking.ema_decay(101, 100) == 1
+    assert masking.ema_decay(0, 100, base=0.9) == pytest.approx(0.9)
+
+
+def test_ema_equals_its_closed_form():
+    target, context = VisionTransformer(SMALL), VisionTransformer(SMALL)
+    start = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    for _ in range(10):
+        masking.update_ema(target, context, 0.9)
+    for name, tensor in target.state_dict().items():
+        assert torch.allclose(tensor, 0.9**10 * start[name] + (1 - 0.9**10) * context.state_dict()[name], atol=1e-6)
+
+
+def test_ema_covers_buffers_and_refuses_other_names():
+    target, context = torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)
+    context(torch.randn(8, 3))
+    masking.update_ema(target, context, 0.5)
+    assert torch.allclose(target.running_mean, 0.5 * context.running_mean) and target.num_batches_tracked == 1
+    with pytest.raises(ValueError, match="running_mean"):
+        masking.update_ema(target, torch.nn.LayerNorm(3), 0.5)
+
+
+def test_ema_at_one_moves_nothing():
+    target, context = VisionTransformer(SMALL), VisionTransformer(SMALL)
+    start = target.patch_embed.weight.clone()
+    masking.update_ema(target, context, 1.0)
+    assert torch.equal(target.patch_embed.weight, start)
+
+
+# ------------------------------------------------------------------------------------------------------ data.py
+
+
+def tone(seconds=1.0, rate=32000, hertz=440.0):
+    return (0.3 * np.sin(2 * np.pi * hertz * np.arange(int(seconds * rate)) / rate)).astype(np.float32)
+
+
+def noise(seconds, rate=32000, seed=0):
+    return (0.1 * np.random.default_rng(seed).standard_normal(int(seconds * rate))).astype(np.float32)
+
+
+def corpus(folder, clips=12, seconds=2.0):
+    """A folder of short wav files that sound different."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(clips):
+        soundfile.write(folder / f"{i:03d}.wav", tone(seconds, hertz=200 + 70 * i) + noise(seconds, seed=i) / 4, 32000)
+    return folder
+
+
+@pytest.mark.parametrize("rate,mels", [(32000, 128), (16000, 80), (48000, 64)])
+def test_log_mel_is_kaldis(rate, mels):
+    from torchaudio.compliance import kaldi
+    waveform = torch.from_numpy(np.stack([noise(10, rate), tone(10, rate) + 0.2, np.zeros(10 * rate, np.float32)]))
+    hop = rate * 10 / 256
+    wanted = torch.stack([kaldi.fbank(x[None], sample_frequency=rate, num_mel_bins=mels, frame_shift=1000 * hop / rate,
+                                      frame_length=1000 * int(2.5 * hop) / rate, snip_edges=False, dither=0.0,
+                                      window_type="hanning", low_freq=20) for x in waveform])
+    ours = data.LogMel(rate, mel_bins=mels)(waveform)
+    assert ours.shape == (3, 1, 256, mels)
+    assert (ours[:, 0] - wanted).abs().max() < 1e-3
+
+
+def test_silence_has_a_finite_log_mel():
+    assert torch.allclose(data.LogMel()(torch.zeros(1, 320000)), torch.tensor(math.log(data.FLOOR)))
+
+
+def test_no_mel_filter_is_empty():
+    for rate in (16000, 32000, 48000):
+        assert (data.LogMel(rate).filters.sum(0) > 0).all()
+
+
+def test_normalisation_is_mean_and_std():
+    raw, waveform = data.LogMel(), torch.from_numpy(noise(10))[None]
+    assert torch.allclose(data.LogMel(mean=-5.0, std=2.0)(waveform), (raw(waveform) + 5) / 2, atol=1e-5)
+
+
+def test_a_patch_is_625_ms_at_every_clip_length():
+    for seconds in (0.625, 1.25, 5.0, 30.0):
+        frames = data.LogMel(32000, seconds, round(seconds * 25.6))(torch.zeros(1, round(seconds * 32000)))
+        assert frames.shape == (1, 1, round(seconds * 25.6), 128)
+
+
+def test_a_hop_that_is_not_whole_is_refused():
+    with pytest.raises(ValueError, match="not whole"):
+        data.LogMel(44100)
+
+
+def test_every_layout_of_data_gives_the_same_recordings(tmp_path):
+    folder = corpus(tmp_path / "a" / "deep", 5)
+    names = [f"a/deep/{i:03d}.wav" for i in range(5)]
+    (tmp_path / "list.txt").write_text("\n".join(names) + "\n\n")
+    (tmp_path / "list.csv").write_text("label,path\n" + "".join(f'x,"{name}"\n' for name in names))
+    (tmp_path / "list.tsv").write_text("".join(f"{folder}/{i:03d}.wav\tx\n" for i in range(5)))
+    (tmp_path / "shards").mkdir()
+    for k, some in enumerate((range(2), range(2, 5))):
+        with tarfile.open(tmp_path / "shards" / f"{k}.tar", "w") as tar:
+            for i in some:
+                tar.add(folder / f"{i:03d}.wav", f"{i:03d}.wav")
+    sets = [data.AudioClips(tmp_path / name) for name in ("a", "list.txt", "list.csv", "list.tsv", "shards")]
+    for clips in sets:
+        assert len(clips) == 5 and clips.source.name(3).endswith("003.wav")
+        assert all(torch.equal(clips[i], sets[0][i]) for i in range(5))
+
+
+@pytest.mark.parametrize("suffix,options", [("wav", dict(subtype="PCM_24")), ("wav", dict(subtype="PCM_U8")),
+                                            ("flac", {}), ("ogg", {}), ("opus", dict(format="OGG", subtype="OPUS")),
+                                            ("mp3", {}), ("aiff", {}), ("wav", dict(subtype="FLOAT"))])
+def test_every_format_is_read(tmp_path, suffix, options):
+    wave = tone(1, 48000)
+    soundfile.write(tmp_path / f"x.{suffix}", np.stack([wave, 0.5 * wave], 1), 48000, **options)
+    (window,) = data.AudioFiles(tmp_path, [f"x.{suffix}".encode()], 48000).windows(0, 10 * 48000)
+    best = max(np.corrcoef(0.75 * wave[:40000], window[k : k + 40000])[0, 1] for k in range(0, 2500, 1)
+               if len(window) >= k + 40000)
+    assert abs(len(window) - 48000) < 3000 and best > 0.97
+    assert window.std() == pytest.approx(0.75 * wave.std(), rel=0.1)
+
+
+@pytest.mark.parametrize("rate", [5000, 8000, 22050, 44100, 48000, 44099])
+def test_resampling_keeps_pitch_and_length(rate):
+    made = data.resample(tone(2, rate), rate, 32000)
+    assert abs(len(made) - 64000) <= 1
+    spectrum = np.abs(np.fft.rfft(made * np.hanning(len(made))))
+    assert spectrum.argmax() / 2 == pytest.approx(440, abs=1)
+    assert np.abs(made[2000:-2000] - tone(2)[2000 : len(made) - 2000]).max() < 0.01
+
+
+def test_the_resampling_kernel_is_built_once_a_rate():
+    assert data.resampler(44100, 32000) is data.resampler(44100, 32000)
+
+
+def test_a_clip_is_a_pure_function_of_seed_epoch_and_index(tmp_path):
+    for clips in (data.AudioClips(corpus(tmp_path / "c"), clip_seconds=1.25), data.SyntheticClips(clip_seconds=1.25)):
+        clips.set_epoch(3)
+        first = clips[2]
+        clips[5], clips.set_epoch(4)
+        assert not torch.equal(clips[2], first)
+        clips.set_epoch(3)
+        assert torch.equal(clips[2], first) and first.dtype == torch.float32 and first.shape == (40000,)
+        assert torch.equal(clips.__getitems__([(3, 2), (4, 0)])[0][0], first)
+
+
+def test_windows_of_a_long_recording_reach_every_second(tmp_path):
+    soundfile.write(tmp_path / "ramp.wav", np.linspace(-0.9, 0.9, 60 * 8000), 8000, subtype="FLOAT")
+    clips, starts = data.AudioClips(tmp_path, 8000), []
+    for epoch in range(200):
+        clips.set_epoch(epoch)
+        starts.append(clips[0][0].item())
+    assert min(starts) < -0.8 and 0.5 < max(starts) < 0.61  # a window starts at 50 s at the latest
+
+
+def test_a_short_recording_is_filled_up_with_others(tmp_path):
+    for i in range(3):
+        soundfile.write(tmp_path / f"{i}.wav", np.full(3 * 32000, (i + 1) / 10), 32000, subtype="FLOAT")
+    clips = data.AudioClips(tmp_path)
+    clip = clips[1]
+    assert clip.shape == (320000,) and (clip[:96000] == 0.2).all() and (clip > 0.05).all()
+
+
+def test_only_a_rest_of_less_than_a_patch_is_silent(tmp_path):
+    soundfile.write(tmp_path / "x.wav", np.full(int(9.5 * 32000), 0.5), 32000, subtype="FLOAT")
+    clip = data.AudioClips(tmp_path)[0]
+    assert (clip[: int(9.5 * 32000)] == 0.5).all() and not clip[int(9.5 * 32000) :].any()
+
+
+def test_a_set_of_clicks_ends(tmp_path):
+    soundfile.write(tmp_path / "click.wav", np.ones(1), 32000)
+    assert data.AudioClips(tmp_path)[0].shape == (320000,)
+
+
+def break_file(path, how):
+    """Something that is named like audio and cannot be used."""
+    wave = noise(3)
+    if how == "empty":
+        path.with_suffix(".wav").write_bytes(b"")
+    elif how == "text":
+        path.with_suffix(".wav").write_text("this is no audio\n" * 100)
+    elif how == "no samples":
+        soundfile.write(path.with_suffix(".wav"), wave[:0], 32000)
+    elif how in ("nan", "inf"):
+        wave[1000] = float(how)
+        soundfile.write(path.with_suffix(".wav"), wave, 32000, subtype="FLOAT")
+    elif how == "dangling":
+        path.with_suffix(".wav").symlink_to(path.with_suffix(".gone"))
+    else:  # "cut" and a format
+        whole = path.with_suffix("." + how.split()[1])
+        options = dict(format="OGG", subtype="OPUS") if whole.suffix == ".opus" else {}
+        soundfile.write(whole, noise(3, 48000), 48000, **options)
+        whole.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+
+
+BROKEN = ["empty", "text", "no samples", "nan", "inf", "dangling", "cut wav", "cut flac", "cut ogg", "cut opus", "cut mp3",
+          "cut aiff"]
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_bad_recording_is_replaced_and_reported(tmp_path, how):
+    break_file(tmp_path / "a bad", how)
+    soundfile.write(tmp_path / "good.wav", np.full(320000, 0.5), 32000, subtype="FLOAT")
+    clips = data.AudioClips(tmp_path)
+    batch, tried, bad = clips.__getitems__([(0, 0)])
+    assert len(clips) == 2 and tried == len(bad) + 1
+    assert {name for name, _ in bad} == {clips.source.name(0)} and bad[0][1]
+    assert (batch == 0.5).all()
+
+
+def test_ten_bad_recordings_in_a_row_are_no_clip(tmp_path):
+    for i in range(3):
+        break_file(tmp_path / str(i), "text")
+    batch, tried, bad = data.AudioClips(tmp_path).__getitems__([(0, 0)])
+    assert batch is None and tried == len(bad) == 10
+    with pytest.raises(RuntimeError, match="10 recordings in a row"):
+        data.AudioClips(tmp_path)[0]
+
+
+def test_odd_names_are_read_and_printed_on_one_line(tmp_path):
+    names = [b"with space.wav", b"new\nline.wav", b"not utf8 \xff.wav", "ümlaut.wav".encode()]
+    for i, name in enumerate(names):
+        soundfile.write(tmp_path / "x.wav", np.full(320000, (i + 1) / 10), 32000, subtype="FLOAT")
+        os.rename(tmp_path / "x.wav", os.path.join(os.fsencode(tmp_path), name))
+    clips = data.AudioClips(tmp_path)
+    assert len({clips[i][0].item() for i in range(4)}) == 4
+    printed = [data.printable(clips.source.name(i)) for i in range(4)]
+    assert all(line.isprintable() for line in printed) and "ümlaut.wav" in printed
+
+
+def test_a_tar_with_a_path_in_it_is_only_read(tmp_path):
+    corpus(tmp_path / "c", 1)
+    (tmp_path / "t").mkdir()
+    with tarfile.open(tmp_path / "t" / "x.tar", "w") as tar:
+        tar.add(tmp_path / "c" / "000.wav", "../../escaped.wav")
+    before = sorted(tmp_path.rglob("*"))
+    assert data.AudioClips(tmp_path / "t")[0].any() and sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_index_is_flat_and_a_mapped_one_travels_as_its_name(tmp_path):
+    strings = [b"one", b"", b"th\0ree", b"\xff\n"] * 1000
+    (tmp_path / "index").write_bytes(data.FlatList.pack(strings))
+    mapped = data.FlatList(str(tmp_path / "index"))
+    assert list(mapped) == strings == list(data.FlatList(data.FlatList.pack(strings)))
+    assert len(pickle.dumps(mapped)) < 500
+
+
+def test_synthetic_clips_are_worth_learning_from():
+    clips, log_mel = data.SyntheticClips(), data.LogMel()
+    mels = log_mel.frames(torch.stack([clips[i] for i in range(16)]))
+    assert mels.isfinite().all() and mels.max() > 0  # something sounds
+    assert mels.std(1).mean() > 1 and mels.std(2).mean() > 1  # it changes in time and in frequency
+    assert mels.mean((1, 2)).std() > 0.1  # and from clip to clip
+
+
+def run_cli(*command, env=None, timeout=240):
+    return subprocess.run([sys.executable, *map(str, command)], cwd=HERE, capture_output=True, text=True,
+                          env=os.environ | (env or {}), timeout=timeout)
+
+
+def test_packing_keeps_the_log_mel_and_can_be_interrupted(tmp_path, monkeypatch):
+    folder = corpus(tmp_path / "c", 4, seconds=10)
+    soundfile.write(folder / "long.wav", noise(25), 32000)
+    break_file(folder / "bad", "text")
+    data.pack(folder, tmp_path / "p", 32000)
+    packed, clips = data.AudioClips(tmp_path / "p"), data.AudioClips(folder)
+    assert packed.packed and len(packed) == 5 and packed[0].dtype == torch.float16
+    assert packed.source.name(2) == "002.wav" and packed[4].shape == (256, 128)
+    for i in range(4):
+        wanted = data.LogMel().frames(clips[i][None])[0]
+        assert (packed[i].float() - wanted).abs().max() < 0.01
+    assert len(data.map_frames(os.fsencode(tmp_path / "p" / "000000.npy"))) == 4 * 256 + 640
+    (tmp_path / "p" / "index").unlink()
+    with pytest.raises(ValueError, match="not to the end"):
+        data.AudioClips(tmp_path / "p")
+    monkeypatch.setattr(data, "in_workers", None)  # the shard that is there is not made again
+    data.pack(folder, tmp_path / "p", 32000)
+    assert len(data.AudioClips(tmp_path / "p")) == 5
+    with pytest.raises(ValueError, match="another rate"):
+        data.pack(folder, tmp_path / "p", 16000)
+
+
+def test_scan_counts_and_writes_nothing(tmp_path):
+    folder = corpus(tmp_path / "c", 4)
+    soundfile.write(folder / "silent.flac", np.zeros((44100, 2)), 44100)
+    break_file(folder / "bad", "text")
+    before = sorted(tmp_path.rglob("*"))
+    done = run_cli("data.py", "scan", folder)
+    table = {label.strip(): value for label, value in re.findall(r"^ *(\S.*?)  (\S+)$", done.stdout, re.M)}
+    assert done.returncode == 0 and sorted(tmp_path.rglob("*")) == before
+    assert (table["recordings"], table["silent"], table["unreadable"]) == ("6", "1", "1")
+    assert (table["32000 Hz"], table["44100 Hz"], table["2 channels"]) == ("4", "1", "1") and "bad.wav" in done.stdout
+
+
+# ----------------------------------------------------------------------------------------------------- train.py
+
+TINY = ["--model", "tiny", "--clip-seconds", "1.25", "--batch-size", "8", "--steps", "20", "--warmup", "5", "--amp", "off",
+        "--log-every", "1", "--workers", "0"]  # the smallest run there is: a grid of 2 x 8
+
+
+def pretrain(out, *flags):
+    """A run in this process -> its checkpoint and its log, a list of one dict a line."""
+    train.main([*TINY, "--out", str(out), *map(str, flags)])
+    return read_run(out)
+
+
+def read_run(out):
+    with open(out / "log.csv", newline="") as file:
+        return torch.load(out / "last.pt", weights_only=True), list(csv.DictReader(file))
+
+
+def stop_after(monkeypatch, steps):
+    """Let SIGTERM arrive during the last of so many steps."""
+    real = train.train_step
+
+    def step_and_signal(run, step, batches):
+        if step == steps - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(run, step, batches)
+    monkeypatch.setattr(train, "train_step", step_and_signal)
+
+
+def same(one, other, names=("context_encoder", "target_encoder", "predictor"), tolerance=0.0):
+    return all(torch.allclose(tensor, other[part][name], rtol=0, atol=tolerance)
+               for part in names for name, tensor in one[part].items())
+
+
+def steady(log):
+    """The log without its clocks."""
+    return [{k: v for k, v in row.items() if k not in ("clips_per_s", "data_wait", "memory_gib")} for row in log]
+
+
+def fails(capsys, *flags):
+    """The one line that a command with these flags says before it exits with code 2."""
+    with pytest.raises(SystemExit) as stopped:
+        train.main(list(map(str, flags)))
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """An uninterrupted run on synthetic clips."""
+    return pretrain(tmp_path_factory.mktemp("reference"))
+
+
+def test_the_learning_rate_is_the_papers():
+    rates = [train.learning_rate(step, 100000) for step in (0, 500, 1000, 50500, 100000)]
+    assert rates == pytest.approx([1e-6, 1.505e-4, 3e-4, 1.5e-4, 0], abs=1e-12)
+
+
+def test_the_defaults_are_the_papers():
+    args = train.parse_args([])
+    assert (args.model, args.batch_size, args.steps, args.lr, args.warmup) == ("base", 256, 100000, 3e-4, 1000)
+    assert (args.weight_decay, args.ema, args.mask_ratio) == (0.05, 0.996, [0.4, 0.6])
+    assert (args.mask, args.loss, args.sample_rate, args.clip_seconds) == ("random", "l2", 32000, 10.0)
+
+
+def test_monitors_expose_a_collapse():
+    healthy = train.monitors(torch.randn(256, 64))
+    assert healthy["target_std"] == pytest.approx(1, abs=0.05) and healthy["effective_rank"] > 50
+    assert abs(healthy["mean_cosine"]) < 0.05
+    constant = train.monitors(torch.randn(1, 64).expand(256, 64))
+    assert constant["target_std"] == pytest.approx(0, abs=1e-6) and constant["effective_rank"] == 0
+    assert constant["mean_cosine"] == pytest.approx(1)
+    line = train.monitors(torch.randn(256, 1) * torch.randn(1, 64))
+    assert line["effective_rank"] == pytest.approx(1, abs=1e-3)
+
+
+def test_an_epoch_reads_every_clip_once_and_processes_share_it(monkeypatch):
+    monkeypatch.setattr(train, "WORLD", 2)
+    args, read = SimpleNamespace(seed=0, batch_size=12, accum=3), []
+    for rank in range(2):
+        monkeypatch.setattr(train, "RANK", rank)
+        read += [key for batch in train.clip_order(args, 30, 0, 10) for key in batch]
+    assert sorted(read) == [(epoch, i) for epoch in range(4) for i in range(30)]
+    assert [i for epoch, i in read if epoch == 0] != sorted(i for epoch, i in read if epoch == 0)
+
+
+def test_the_order_can_be_entered_at_any_step():
+    args = SimpleNamespace(seed=0, batch_size=12, accum=2)
+    whole, late = (list(train.clip_order(args, 30, start, 10)) for start in (0, 7))
+    assert whole[14:] == late
+
+
+def test_a_run_learns_logs_and_leaves_a_checkpoint_of_plain_data(reference):
+    checkpoint, log = reference
+    assert [int(row["step"]) for row in log] == list(range(1, 21)) and checkpoint["step"] == 20
+    assert float(log[-1]["loss"]) < 0.8 * float(log[0]["loss"])
+    assert all(math.isfinite(float(value)) for row in log for value in row.values())
+    assert float(log[0]["lr"]) == 1e-6 and float(log[5]["lr"]) == pytest.approx(3e-4)
+    assert {"format", "step", "config", "context_encoder", "target_encoder", "predictor", "optimizer", "scaler"} <= set(
+        checkpoint)
+    config = JEPAConfig(**checkpoint["config"]["model"])
+    VisionTransformer(config).load_state_dict(checkpoint["target_encoder"])
+    assert config.grid == (2, 8) and data.LogMel(**checkpoint["config"]["log_mel"]).std > 0
+
+
+def test_the_target_encoder_of_a_run_is_the_average_of_its_context_encoders(tmp_path, monkeypatch):
+    seen, real = [], train.update_ema
+
+    def remember(target, context, decay):
+        if not seen:
+            seen.append(target.patch_embed.weight.clone())
+        real(target, context, decay)
+        seen.append((decay, context.patch_embed.weight.clone()))
+    monkeypatch.setattr(train, "update_ema", remember)
+    checkpoint, _ = pretrain(tmp_path)
+    average = seen[0]
+    for decay, weight in seen[1:]:
+        average = decay * average + (1 - decay) * weight
+    assert len(seen) == 21 and [decay for decay, _ in seen[1:]] == [masking.ema_decay(s, 20) for s in range(20)]
+    assert torch.allclose(checkpoint["target_encoder"]["patch_embed.weight"], average, atol=1e-6)
+
+
+def test_weight_decay_spares_biases_norms_and_the_mask_token(reference):
+    groups = reference[0]["optimizer"]["param_groups"]
+    jepa = JEPA(dataclasses.replace(PRESETS["tiny"], time_bins=32))
+    matrices = sum(parameter.ndim > 1 for parameter in jepa.parameters())
+    assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [
+        (matrices, 0.05), (len(list(jepa.parameters())) - matrices, 0.0)]
+    assert jepa.predictor.mask_token.ndim == 1 and tuple(groups[0]["betas"]) == (0.9, 0.95)
+
+
+def test_accumulation_is_the_same_run(reference, tmp_path):
+    checkpoint, log = pretrain(tmp_path, "--accum", 4)
+    losses = [[float(row["loss"]) for row in rows] for rows in (log, reference[1])]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and same(checkpoint, reference[0], tolerance=1e-4)
+
+
+def torchrun(out, processes, *flags):
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+                           "train.py", *TINY, "--out", str(out), *map(str, flags)], cwd=HERE, capture_output=True,
+                          text=True, timeout=240)
+
+
+def test_two_processes_are_the_same_run(reference, tmp_path):
+    done = torchrun(tmp_path, 2, "--accum", 2)
+    assert done.returncode == 0, done.stderr
+    checkpoint, log = read_run(tmp_path)
+    for name in ("loss", "grad_norm", "target_std", "mean_cosine"):
+        values = [[float(row[name]) for row in rows] for rows in (log, reference[1])]
+        assert values[0] == pytest.approx(values[1], rel=1e-3 if name == "grad_norm" else 1e-4)
+    assert same(checkpoint, reference[0], tolerance=1e-4)
+    assert not any(name.startswith(("module.", "_orig_mod.")) for name in checkpoint["context_encoder"])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("source", ["synthetic", "files"])
+def test_a_run_that_was_stopped_ends_bit_for_bit_like_one_that_was_not(tmp_path, monkeypatch, workers, source):
+    flags = ["--workers", workers, "--log-every", 5, "--amp", "auto"]
+    if source == "files":
+        flags += ["--data", corpus(tmp_path / "c", 12, seconds=1.0)]
+        break_file(tmp_path / "c" / "bad", "text")
+    whole = pretrain(tmp_path / "whole", *flags)
+    with monkeypatch.context() as patched:
+        stop_after(patched, 12)
+        assert pretrain(tmp_path / "parts", *flags)[0]["step"] == 12
+    parts = pretrain(tmp_path / "parts", *flags)
+    assert same(whole[0], parts[0]) and steady(whole[1]) == steady(parts[1])
+    for one, other in zip(whole[0]["optimizer"]["state"].values(), parts[0]["optimizer"]["state"].values()):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_log_is_cut_back_to_the_checkpoint(tmp_path, monkeypatch, reference):
+    stop_after(monkeypatch, 12)
+    pretrain(tmp_path)
+    shutil.copy(tmp_path / "last.pt", tmp_path / "kept")
+    monkeypatch.undo()
+    stop_after(monkeypatch, 16)
+    pretrain(tmp_path)
+    shutil.copy(tmp_path / "kept", tmp_path / "last.pt")  # as if killed between a log line and a checkpoint
+    monkeypatch.undo()
+    assert steady(pretrain(tmp_path)[1]) == steady(reference[1])
+
+
+def test_checkpoints_are_kept_under_their_step(tmp_path):
+    pretrain(tmp_path, "--save-every", 8)
+    assert sorted(path.name for path in tmp_path.glob("*.pt*")) == ["last.pt", "step-0000008.pt", "step-0000016.pt"]
+    assert torch.load(tmp_path / "step-0000008.pt", weights_only=True)["step"] == 8
+
+
+def test_a_changed_setting_is_named_and_refused(tmp_path, capsys, reference):
+    pretrain(tmp_path)
+    capsys.readouterr()
+    for flag, value in (("--lr", 1e-3), ("--seed", 1), ("--mask-ratio", "0.3 0.6"), ("--model", "small"), ("--steps", 30)):
+        assert flag in fails(capsys, *TINY, "--out", tmp_path, flag, *str(value).split())
+    assert "--data" in fails(capsys, *TINY, "--out", tmp_path, "--data", corpus(tmp_path / "c"))
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch, capsys):
+    stop_after(monkeypatch, 12)
+    pretrain(tmp_path)
+    before = (tmp_path / "last.pt").read_bytes()
+    monkeypatch.undo()
+
+    def full(checkpoint, file):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit) as stopped:
+        pretrain(tmp_path)
+    assert stopped.value.code == 1 and "No space left" in capsys.readouterr().err.splitlines()[-1]
+    assert (tmp_path / "last.pt").read_bytes() == before and not list(tmp_path.glob("*.tmp"))
+
+
+def poison(monkeypatch, steps):
+    """Give these steps a NaN in one weight's gradient."""
+    real = train.train_step
+
+    def poisoned(run, step, batches):
+        handle = run.model.predictor.mask_token.register_hook(lambda grad: grad * float("nan") if step in steps else grad)
+        try:
+            return real(run, step, batches)
+        finally:
+            handle.remove()
+    monkeypatch.setattr(train, "train_step", poisoned)
+
+
+def test_a_step_without_a_finite_gradient_is_skipped(tmp_path, monkeypatch):
+    poison(monkeypatch, {3, 4})
+    checkpoint, log = pretrain(tmp_path)
+    assert [int(row["skipped"]) for row in log[2:6]] == [0, 1, 2, 2]
+    assert all(tensor.isfinite().all() for part in ("context_encoder", "target_encoder", "predictor")
+               for tensor in checkpoint[part].values())
+    assert checkpoint["optimizer"]["state"][0]["step"] == 18
+
+
+def test_twenty_such_steps_stop_the_run(tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, set(range(8, 40)))
+    with pytest.raises(SystemExit) as stopped:
+        pretrain(tmp_path, "--steps", 40, "--save-every", 5)
+    assert stopped.value.code == 1 and "20 steps" in capsys.readouterr().err
+    last = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert all(tensor.isfinite().all() for tensor in last["context_encoder"].values())
+
+
+def test_a_file_that_breaks_is_replaced_and_listed_once(tmp_path):
+    folder = corpus(tmp_path / "c", 30)
+    for i, how in enumerate(("text", "nan")):
+        break_file(folder / f"bad {i}", how)
+    _, log = pretrain(tmp_path / "out", "--data", folder)
+    lines = (tmp_path / "out" / "bad_files.txt").read_text().splitlines()
+    assert sorted(line.split("\t")[0] for line in lines) == ["bad 0.wav", "bad 1.wav"]
+    assert all(line.split("\t")[1] for line in lines) and int(log[-1]["bad_files"]) >= 2
+
+
+def test_a_set_that_is_mostly_broken_stops_the_run(tmp_path, capsys):
+    folder = corpus(tmp_path / "c", 4)
+    for i in range(2):
+        break_file(folder / f"bad {i}", "text")
+    with pytest.raises(SystemExit) as stopped:
+        pretrain(tmp_path / "out", "--data", folder)
+    assert stopped.value.code == 1 and "cannot be used" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_set_that_is_all_broken_stops_the_run(tmp_path, capsys):
+    for i in range(4):
+        break_file(tmp_path / f"{i}", "text")
+    with pytest.raises(SystemExit) as stopped:
+        pretrain(tmp_path / "out", "--data", tmp_path)
+    assert stopped.value.code == 1 and "cannot be used" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_packed_folder_trains(tmp_path):
+    data.pack(corpus(tmp_path / "c", 4, seconds=3), tmp_path / "p", 32000)
+    assert pretrain(tmp_path / "out", "--data", tmp_path / "p")[0]["step"] == 20
+
+
+@pytest.mark.parametrize("flags", [["--mask", "block"], ["--loss", "cosine"], ["--loss", "smooth_l1"], ["--amp", "bf16"],
+                                   ["--amp", "fp16"], ["--sample-rate", "16000"]])
+def test_every_choice_trains(tmp_path, flags):
+    checkpoint, log = pretrain(tmp_path, *flags)
+    assert float(log[-1]["loss"]) < float(log[0]["loss"]) and int(log[-1]["skipped"]) == 0
+
+
+def test_what_is_wrong_with_the_data_is_said_in_one_line(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "list.txt").write_text("gone.wav\n")
+    (tmp_path / "x.bin").write_bytes(b"\0")
+    for path in (tmp_path / "nowhere", tmp_path / "empty", tmp_path / "list.txt", tmp_path / "x.bin"):
+        assert str(path) in fails(capsys, *TINY, "--out", tmp_path / "out", "--data", path)
+    assert "gone.wav" in fails(capsys, *TINY, "--out", tmp_path / "out", "--data", tmp_path / "list.txt")
+
+
+@pytest.mark.parametrize("flags,words", [
+    (["--batch-size", "10", "--accum", "4"], ["10", "4", "1 processes"]), (["--mask-ratio", "0", "0.5"], ["mask-ratio"]),
+    (["--mask-ratio", "0.5", "1"], ["mask-ratio"]), (["--mask-ratio", "0.6", "0.4"], ["mask-ratio"]),
+    (["--steps", "0"], ["steps"]), (["--steps", "many"], ["steps"]), (["--lr", "-1"], ["lr"]), (["--lr", "nan"], ["lr"]),
+    (["--sample-rate", "44100"], ["44100"]), (["--clip-seconds", "7"], ["clip-seconds"]), (["--model", "huge"], ["huge"]),
+    (["--seed", "-1"], ["seed"]), (["--ema", "1.5"], ["ema"]), (["--workers", "99999999999"], ["workers"]),
+    (["--nonsense"], ["nonsense"])])
+def test_an_absurd_flag_is_refused_in_one_line(tmp_path, capsys, flags, words):
+    line = fails(capsys, "--out", tmp_path, *flags)
+    assert all(word in line for word in words)
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_checkpoint_that_is_none_is_refused_and_not_executed(tmp_path, capsys):
+    hostile = Hostile()
+    hostile.path = tmp_path / "executed"
+    whole = io.BytesIO()
+    torch.save(dict(format="audio-jepa 1", step=1), whole)
+    pickled = io.BytesIO()
+    torch.save(hostile, pickled)
+    for content in (pickled.getvalue(), pickle.dumps(hostile), whole.getvalue()[:-100], b"", b"text", whole.getvalue()):
+        (tmp_path / "last.pt").write_bytes(content)
+        assert "last.pt" in fails(capsys, *TINY, "--out", tmp_path)
+        assert not hostile.path.exists()
+
+
+def test_a_checkpoint_whose_config_or_state_lies_is_refused(tmp_path, capsys):
+    checkpoint, _ = pretrain(tmp_path)
+    capsys.readouterr()
+    lies = [dict(context_encoder=checkpoint["predictor"]), dict(step="many"), dict(step=-1), dict(step=10**12),
+            dict(optimizer=dict(state={}, param_groups=[])), dict(config=dict(log_mel=dict(sample_rate=10**12))),
+            dict(config=None), dict(format="another 7"), dict(settings=[]), dict(losses="none")]
+    lies += [dict(target_encoder=checkpoint["target_encoder"] | {"norm.weight": torch.zeros(1).expand(10**12)})]
+    for lie in lies:
+        torch.save(checkpoint | lie, tmp_path / "last.pt")
+        assert "last.pt" in fails(capsys, *TINY, "--out", tmp_path), lie
+
+
+def test_one_line_and_no_traceback_from_the_shell(tmp_path):
+    done = run_cli("train.py", "--data", tmp_path / "nowhere", "--out", tmp_path / "out")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "nowhere" in done.stderr
+
+
+def test_a_signal_ends_a_run_within_the_step(tmp_path):
+    for number in (signal.SIGTERM, signal.SIGINT):
+        command = [sys.executable, "train.py", *TINY, "--steps", "100000", "--workers", "2", "--out", str(tmp_path)]
+        with subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True) as process:
+            process.stdout.readline()  # the first log line
+            process.send_signal(number)
+            rest, _ = process.communicate(timeout=60)
+        assert process.returncode == 0 and "stopped at step" in rest
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] >= 2
+
+
+def test_the_benchmark_measures_and_writes_nothing(tmp_path, capsys, monkeypatch):
+    train.main([*TINY, "--benchmark", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("reading", "log-mel", "step alone", "all together", "TFLOP/s", "GiB"))
+    assert not list(tmp_path.iterdir())
+
+
+# -------------------------------------------------------------------------------------------------- the project
+
+
+@pytest.mark.parametrize("name", ["model.py", "masking.py", "data.py"])
+def test_a_file_that_is_copied_alone_imports(tmp_path, name):
+    shutil.copy(HERE / name, tmp_path)
+    done = subprocess.run([sys.executable, "-c", f"import {name[:-3]}"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_nothing_decodes_with_torchaudio():
+    for path in HERE.glob("*.py"):
+        if path.name != "test_audio_jepa.py":
+            assert not re.search(r"torchaudio\.(load|save|info)\b", path.read_text())
+
+
+def test_the_demonstrations_run():
+    assert "85.35 M" in run_cli("model.py").stdout
+    drawn = run_cli("masking.py").stdout
+    assert drawn.count("#") > 2 * 51 and len([line for line in drawn.splitlines() if line.startswith("    ")]) == 16
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("flags", [[], ["--amp", "fp16"], ["--compile"]])
+def test_a_gpu_trains(tmp_path, flags):
+    checkpoint, log = pretrain(tmp_path, "--amp", "auto", *flags)
+    assert float(log[-1]["loss"]) < float(log[0]["loss"])
