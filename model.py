@@ -12,19 +12,25 @@ The whole method in one picture (Fig. 1 of the paper; sizes are the defaults):
         v                                    | keep the masked ones, target_idx
     predictor -> [B, M, D]  -- loss --   targets [B, M, D]
 
-Letters in the shape comments: B clips, N patches of a clip, C context (visible) patches, M masked patches (C + M = N),
-D encoder width, P predictor width, H heads, L tokens of whatever sequence is at hand.
+Letters in the shape comments: B clips, N patches of a clip, C context (visible) patches, M masked patches (C
++ M = N), D encoder width, P predictor width, H heads, L tokens of whatever sequence is at hand.
 
 `python model.py` prints the parameters and the arithmetic of every preset.
 """
 import ctypes
 import math
+import os
 import pickle
+import resource
+import sys
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+
+CHECKPOINT_FORMAT = "audio-jepa 1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +43,7 @@ class JEPAConfig:
     dim: int = 768
     depth: int = 12
     heads: int = 12
-    predictor_dim: int = 384  # half the encoder's: a predictor as strong as the encoder could do its work for it
+    predictor_dim: int = 384  # half the encoder's: too strong a predictor would do the encoder's work for it
     predictor_depth: int = 6
     predictor_heads: int = 12
     mlp_ratio: float = 4.0
@@ -48,15 +54,15 @@ class JEPAConfig:
             if not isinstance(size, kind) or isinstance(size, bool) or not 0 < size <= 65536:
                 raise ValueError(f"{name} = {size!r}: not a positive size")
         if max(self.depth, self.predictor_depth) > 1024:  # a damaged or hostile file must not build for ever
-            raise ValueError(f"depth {self.depth} or predictor_depth {self.predictor_depth}: more than 1024 blocks")
-        for name in ("time_bins", "mel_bins"):
-            if getattr(self, name) % self.patch_size:
-                raise ValueError(f"{name} = {getattr(self, name)} is not a multiple of patch_size = {self.patch_size}")
-        for dim, heads in (("dim", "heads"), ("predictor_dim", "predictor_heads")):
-            if getattr(self, dim) % getattr(self, heads):
-                raise ValueError(f"{dim} = {getattr(self, dim)} is not a multiple of {heads} = {getattr(self, heads)}")
-            if getattr(self, dim) % 4:
-                raise ValueError(f"{dim} = {getattr(self, dim)}: sin and cos of two axes need a multiple of 4")
+            raise ValueError(f"depth {self.depth}, predictor_depth {self.predictor_depth}: more than 1024 blocks")
+        parts = [("time_bins", "patch_size"), ("mel_bins", "patch_size"), ("dim", "heads"),
+                 ("predictor_dim", "predictor_heads")]
+        for whole, part in parts:
+            if getattr(self, whole) % getattr(self, part):
+                raise ValueError(f"{whole} = {getattr(self, whole)} is not a multiple of {part} = {getattr(self, part)}")
+        if self.dim % 4 or self.predictor_dim % 4:
+            raise ValueError(f"dim = {self.dim}, predictor_dim = {self.predictor_dim}: not multiples of 4, as sin and "
+                             "cos of two axes need")
 
     @property
     def grid(self):
@@ -67,7 +73,7 @@ class JEPAConfig:
 PRESETS = {
     "tiny": JEPAConfig(dim=192, depth=12, heads=3, predictor_dim=96, predictor_depth=4, predictor_heads=3),
     "small": JEPAConfig(dim=384, depth=12, heads=6, predictor_dim=192, predictor_depth=6, predictor_heads=6),
-    "base": JEPAConfig(dim=768, depth=12, heads=12, predictor_dim=384, predictor_depth=6, predictor_heads=12),  # the paper's
+    "base": JEPAConfig(),  # the paper's
     "large": JEPAConfig(dim=1024, depth=24, heads=16, predictor_dim=512, predictor_depth=8, predictor_heads=16),
 }
 
@@ -78,8 +84,9 @@ def gather_tokens(tokens, idx):
 
 
 def sincos_positions(dim, grid):
-    """Fixed 2-D sin-cos table -> [N, dim], token = t * mel_patches + f: the first half of the width encodes the mel
-    index f, the second half the time index t (the authors' order); in each, sines come before cosines."""
+    """Fixed 2-D sin-cos table -> [N, dim], token = t * mel_patches + f: the first half of the width encodes
+    the mel index f, the second half the time index t (the authors' order); in each, sines come before
+    cosines."""
     time, mel = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
     frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     mel, time = (axis.reshape(-1, 1) * frequencies for axis in (mel, time))  # [N, dim / 4] each
@@ -131,8 +138,9 @@ class Block(nn.Module):
 
 
 def init_weights(network):
-    """Truncated normal of std 0.02, zero biases, unit norms. The two projections that write block i = 1, 2, ... into the
-    residual stream are divided by sqrt(2 i), so that the stream's variance does not grow with depth."""
+    """Truncated normal of std 0.02, zero biases, unit norms. The two projections that write block i = 1, 2,
+    ... into the residual stream are divided by sqrt(2 i), so that the stream's variance does not grow with
+    depth."""
     for module in network.modules():
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)
@@ -146,7 +154,8 @@ def init_weights(network):
 class VisionTransformer(nn.Module):
     """The encoder, context and target alike (sec. IV.B).
 
-    (spectrogram [B, 1, T, F], context_idx [B, C] or None) -> [B, C, D], or [B, N, D] of the whole clip without indices.
+    (spectrogram [B, 1, T, F], context_idx [B, C] or None) -> [B, C, D], or [B, N, D] of the whole clip
+    without indices.
     """
 
     def __init__(self, config):
@@ -154,17 +163,18 @@ class VisionTransformer(nn.Module):
         self.config = config
         self.patch_embed = nn.Linear(config.patch_size**2, config.dim)
         self.register_buffer("pos_embed", sincos_positions(config.dim, config.grid))  # [N, D]
-        self.blocks = nn.ModuleList(Block(config.dim, config.heads, config.mlp_ratio) for _ in range(config.depth))
+        blocks = (Block(config.dim, config.heads, config.mlp_ratio) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(config.dim)
         init_weights(self)
 
     def patchify(self, spectrogram):
         """[B, 1, T, F] -> [B, N, patch_size^2], time-major: token = t * mel_patches + f."""
-        B, _, T, F_ = spectrogram.shape
+        B, _, T, F = spectrogram.shape
         size, wanted = self.config.patch_size, (self.config.time_bins, self.config.mel_bins)
-        if (T, F_) != wanted:
-            raise ValueError(f"spectrogram of {T} frames x {F_} mel bands, this encoder takes {wanted[0]} x {wanted[1]}")
-        patches = spectrogram.view(B, T // size, size, F_ // size, size)  # [B, t, 16, f, 16]
+        if (T, F) != wanted:
+            raise ValueError(f"spectrogram of {T} x {F} (time x mel), this encoder takes {wanted[0]} x {wanted[1]}")
+        patches = spectrogram.view(B, T // size, size, F // size, size)  # [B, t, 16, f, 16]
         return patches.transpose(2, 3).reshape(B, -1, size * size)
 
     def forward(self, spectrogram, context_idx=None):
@@ -180,8 +190,9 @@ class VisionTransformer(nn.Module):
 class Predictor(nn.Module):
     """A narrower ViT that fills in the masked patches, g_pred of eq. (1).
 
-    (context [B, C, D], context_idx [B, C], target_idx [B, M]) -> [B, M, D]. What it is asked for, it knows only from the
-    positions: every masked patch enters as the same learned mask token plus the sin-cos code of where it is.
+    (context [B, C, D], context_idx [B, C], target_idx [B, M]) -> [B, M, D]. What it is asked for, it knows
+    only from the positions: every masked patch enters as the same learned mask token plus the sin-cos code of
+    where it is.
     """
 
     def __init__(self, config):
@@ -190,9 +201,8 @@ class Predictor(nn.Module):
         self.embed = nn.Linear(config.dim, width)
         self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(width), std=0.02))
         self.register_buffer("pos_embed", sincos_positions(width, config.grid))  # [N, P]
-        self.blocks = nn.ModuleList(
-            Block(width, config.predictor_heads, config.mlp_ratio) for _ in range(config.predictor_depth)
-        )
+        blocks = (Block(width, config.predictor_heads, config.mlp_ratio) for _ in range(config.predictor_depth))
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(width)
         self.proj = nn.Linear(width, config.dim)
         init_weights(self)
@@ -223,7 +233,8 @@ class JEPA(nn.Module):
     """Everything that gradient descent trains: context encoder and predictor, up to the loss.
 
     (spectrogram [B, 1, T, F], context_idx [B, C], target_idx [B, M], targets [B, N, D]) -> scalar loss.
-    `targets` is the target encoder's view of the whole clip; [B, M, D], only its masked tokens, is taken as well.
+    `targets` is the target encoder's view of the whole clip; [B, M, D], only its masked tokens, is taken as
+    well.
     """
 
     def __init__(self, config, loss="l2"):
@@ -237,11 +248,26 @@ class JEPA(nn.Module):
         predictions = self.predictor(context, context_idx, target_idx)  # [B, M, D], g_pred(c)
         if targets.shape[1] != target_idx.shape[1]:
             targets = gather_tokens(targets, target_idx)  # [B, M, D], f_tgt(x)_j for j in M
-        # In fp32, and each target token normalised without learnable scale: the encoder's last LayerNorm has one, and
-        # could make an un-normalised distance small by shrinking it, having learned nothing.
+        # In fp32, and each target token normalised without learnable scale: the encoder's last LayerNorm has
+        # one, and could make an un-normalised distance small by shrinking it, having learned nothing.
         with torch.autocast(predictions.device.type, enabled=False):
             targets = F.layer_norm(targets.detach().float(), targets.shape[-1:])
             return self.loss(predictions.float(), targets)
+
+
+def save_checkpoint(checkpoint, path):
+    """Write a checkpoint under a Path, all of it or nothing, whenever the power goes or the disk fills:
+    OSError or RuntimeError then, and what was at `path` before is still there."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave the new name on an empty file
+        os.replace(temporary, path)
+    except (OSError, RuntimeError):
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def load_checkpoint(path):
@@ -253,31 +279,78 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, MemoryError,
+    except (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, MemoryError,
             AssertionError, pickle.UnpicklingError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path}: refused, not a whole checkpoint of tensors and plain types ({reason})") from None
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path}: refused, holds a {type(checkpoint).__name__} instead of a dict")
+        raise ValueError(f"{path}: refused, not a whole file of tensors and plain types ({reason})") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
+        raise ValueError(f"{path}: refused, not of the format {CHECKPOINT_FORMAT!r}")
     return checkpoint
+
+
+@torch.no_grad()
+def monitors(pooled):
+    """Is the representation collapsing? pooled targets, one row a clip [B, D] -> three numbers; the loss
+    tells nothing.
+
+    target_std: over the clips, mean over the features. effective_rank: exp of the entropy of the centred
+    singular values (RankMe), at most min(B - 1, D). mean_cosine: between two different clips. All clips
+    alike: 0, 0, 1.
+    """
+    pooled = pooled.double().cpu()
+    values = torch.linalg.svdvals(pooled - pooled.mean(0))
+    values = values[values > 1e-6 * pooled.norm()]  # what is left is rounding
+    share = values / values.sum()
+    total, clips = F.normalize(pooled).sum(0), len(pooled)
+    return dict(target_std=pooled.std(0, correction=0).mean().item(),
+                effective_rank=(-share * share.log()).sum().exp().item() if len(values) else 0.0,
+                mean_cosine=(total.square().sum().item() - clips) / max(clips * (clips - 1), 1))
+
+
+def memory_gib(device):
+    """Peak so far: of the GPU's memory, or of the process's where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def choose_amp(amp, device):
+    """--amp as a dtype; `auto` is bf16 where the hardware multiplies it natively, else fp16 on CUDA, else
+    fp32."""
+    if amp == "auto" and device.type == "cuda":
+        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif amp == "auto" and device.type == "cpu":
+        has = torch.cpu.get_capabilities()
+        amp = "bf16" if has.get("avx512_bf16") or has.get("amx_bf16") else "off"
+    return dict(bf16=torch.bfloat16, fp16=torch.float16).get(amp, torch.float32)
 
 
 def tune_cpu():
     """Two process-wide settings that make bf16 on a CPU twice as fast; nothing on a GPU depends on them."""
-    try:  # keep freed memory: by default every large tensor is fetched from the kernel anew, and zeroed page by page
+    try:  # keep freed memory: else each large tensor is fetched from the kernel anew, and zeroed page by page
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     except (OSError, AttributeError, TypeError):
         pass  # not glibc
-    if not torch.cuda.is_available():  # the CPU's flash attention is slow at 128 tokens, its backward pass most of all
+    if not torch.cuda.is_available():  # the CPU's flash attention is slow at 128 tokens, above all backward
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
 
 
+def choose_device():
+    """CUDA (the GPU that torchrun gave this process), MPS or CPU, whatever is there."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.backends.cuda.matmul.allow_tf32 = True
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
 def gflops_per_clip(config, masked_share=0.5):
-    """Multiply-adds x 2 of one clip's training step, in GFLOP -> (target, context, predictor): matrix products and
-    attention of the forward pass, times 3 with the backward pass for the two that are trained."""
+    """Multiply-adds x 2 of one clip's training step, in GFLOP -> (target, context, predictor): matrix
+    products and attention of the forward pass, times 3 with the backward pass for the two that are
+    trained."""
     N = config.grid[0] * config.grid[1]
     C, M = N * (1 - masked_share), N * masked_share
 
@@ -293,11 +366,11 @@ def gflops_per_clip(config, masked_share=0.5):
 
 
 if __name__ == "__main__":
-    print("preset   encoder   predictor    trained   GFLOP per clip and step: target + context + predictor = sum")
+    print("preset   encoder   predictor    trained   GFLOP a clip and step: target + context + predictor = sum")
     for preset, config in PRESETS.items():
         with torch.device("meta"):  # shapes only, no memory
             parts = [VisionTransformer(config), Predictor(config)]
-        encoder, predictor = (sum(tensor.numel() for tensor in part.state_dict().values()) / 1e6 for part in parts)
+        encoder, predictor = (sum(x.numel() for x in part.state_dict().values()) / 1e6 for part in parts)
         flops = gflops_per_clip(config)
         print(f"{preset:7}{encoder:8.2f} M {predictor:9.2f} M {encoder + predictor:8.2f} M", end="")
         print(f"{flops[0]:32.1f} + {flops[1]:.1f} + {flops[2]:.1f} = {sum(flops):.1f}")
