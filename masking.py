@@ -102,6 +102,6 @@ if __name__ == "__main__":
     for strategy in (random_mask, block_mask):
         _, target_idx = draw_masks(strategy, 0, 0, 1, (TIME, MEL), (0.4, 0.6), "cpu")
         masked = set(target_idx[0].tolist())
-        print(f"{strategy.__name__}: {len(masked)} of {TIME * MEL} masked (#); time to the right, mel upwards")
+        print(f"{strategy.__name__}: {len(masked)} of {TIME * MEL} masked (#); time to the right, mel up")
         for f in reversed(range(MEL)):
             print("    " + " ".join("#" if t * MEL + f in masked else "." for t in range(TIME)))

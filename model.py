@@ -54,15 +54,15 @@ class JEPAConfig:
             if not isinstance(size, kind) or isinstance(size, bool) or not 0 < size <= 65536:
                 raise ValueError(f"{name} = {size!r}: not a positive size")
         if max(self.depth, self.predictor_depth) > 1024:  # a damaged or hostile file must not build for ever
-            raise ValueError(f"depth {self.depth}, predictor_depth {self.predictor_depth}: more than 1024 blocks")
+            raise ValueError(f"depth {self.depth}, predictor_depth {self.predictor_depth}: over 1024 blocks")
         parts = [("time_bins", "patch_size"), ("mel_bins", "patch_size"), ("dim", "heads"),
                  ("predictor_dim", "predictor_heads")]
         for whole, part in parts:
             if getattr(self, whole) % getattr(self, part):
-                raise ValueError(f"{whole} = {getattr(self, whole)} is not a multiple of {part} = {getattr(self, part)}")
-        if self.dim % 4 or self.predictor_dim % 4:
-            raise ValueError(f"dim = {self.dim}, predictor_dim = {self.predictor_dim}: not multiples of 4, as sin and "
-                             "cos of two axes need")
+                sizes = getattr(self, whole), getattr(self, part)
+                raise ValueError(f"{whole} = {sizes[0]} is not a multiple of {part} = {sizes[1]}")
+        if self.dim % 4 or self.predictor_dim % 4:  # for the sin and the cos of two axes
+            raise ValueError(f"dim = {self.dim}, predictor_dim = {self.predictor_dim}: not multiples of 4")
 
     @property
     def grid(self):
@@ -74,7 +74,8 @@ PRESETS = {
     "tiny": JEPAConfig(dim=192, depth=12, heads=3, predictor_dim=96, predictor_depth=4, predictor_heads=3),
     "small": JEPAConfig(dim=384, depth=12, heads=6, predictor_dim=192, predictor_depth=6, predictor_heads=6),
     "base": JEPAConfig(),  # the paper's
-    "large": JEPAConfig(dim=1024, depth=24, heads=16, predictor_dim=512, predictor_depth=8, predictor_heads=16),
+    "large": JEPAConfig(dim=1024, depth=24, heads=16, predictor_dim=512, predictor_depth=8,
+                        predictor_heads=16),
 }
 
 
@@ -170,11 +171,11 @@ class VisionTransformer(nn.Module):
 
     def patchify(self, spectrogram):
         """[B, 1, T, F] -> [B, N, patch_size^2], time-major: token = t * mel_patches + f."""
-        B, _, T, F = spectrogram.shape
+        B, _, time, mel = spectrogram.shape
         size, wanted = self.config.patch_size, (self.config.time_bins, self.config.mel_bins)
-        if (T, F) != wanted:
-            raise ValueError(f"spectrogram of {T} x {F} (time x mel), this encoder takes {wanted[0]} x {wanted[1]}")
-        patches = spectrogram.view(B, T // size, size, F // size, size)  # [B, t, 16, f, 16]
+        if (time, mel) != wanted:
+            raise ValueError(f"a spectrogram of {time} x {mel}, this encoder takes {wanted[0]} x {wanted[1]}")
+        patches = spectrogram.view(B, time // size, size, mel // size, size)  # [B, t, 16, f, 16]
         return patches.transpose(2, 3).reshape(B, -1, size * size)
 
     def forward(self, spectrogram, context_idx=None):
@@ -201,8 +202,8 @@ class Predictor(nn.Module):
         self.embed = nn.Linear(config.dim, width)
         self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(width), std=0.02))
         self.register_buffer("pos_embed", sincos_positions(width, config.grid))  # [N, P]
-        blocks = (Block(width, config.predictor_heads, config.mlp_ratio) for _ in range(config.predictor_depth))
-        self.blocks = nn.ModuleList(blocks)
+        heads, depth = config.predictor_heads, config.predictor_depth
+        self.blocks = nn.ModuleList(Block(width, heads, config.mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.proj = nn.Linear(width, config.dim)
         init_weights(self)
@@ -366,7 +367,7 @@ def gflops_per_clip(config, masked_share=0.5):
 
 
 if __name__ == "__main__":
-    print("preset   encoder   predictor    trained   GFLOP a clip and step: target + context + predictor = sum")
+    print("preset   encoder   predictor    trained   GFLOP a clip: target + context + predictor = sum")
     for preset, config in PRESETS.items():
         with torch.device("meta"):  # shapes only, no memory
             parts = [VisionTransformer(config), Predictor(config)]

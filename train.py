@@ -4,10 +4,10 @@
     python train.py                                             the paper's sizes, on synthetic clips
     torchrun --nproc_per_node=4 train.py --data /audioset       the paper's run
 
-`train_step` is the method. Masks, clips, windows and schedules are pure functions of (seed, step): with one
-process, several, accumulation, or cut off and started again with the same --out, it is the same run.
+`train_step` is the method. Masks, clips, windows and schedules are pure functions of (seed, step): on one
+process or several, accumulated, or cut off and started again with the same --out, it is the same run.
 """
-import argparse, copy, csv, dataclasses, fcntl, functools, itertools, math, multiprocessing, os, random
+import argparse, dataclasses, fcntl, functools, itertools, math, multiprocessing, os, random
 import signal, sys, threading, time
 from contextlib import nullcontext
 from pathlib import Path
@@ -25,9 +25,8 @@ from model import (CHECKPOINT_FORMAT, JEPA, LOSSES, PRESETS, VisionTransformer, 
                    gflops_per_clip, load_checkpoint, memory_gib, monitors, save_checkpoint, tune_cpu)
 
 MASKS = {"random": random_mask, "block": block_mask}
-SETTINGS = ("model", "steps", "batch_size", "lr", "warmup", "weight_decay", "ema", "loss", "mask",
-            "mask_ratio", "sample_rate", "clip_seconds", "amp", "seed")  # change one, and it is another run
-PROGRESS = dict(step=0, losses=[], tried=0, bad=0, skipped=0, skipped_in_a_row=0)  # losses: not yet logged
+FREE = ("data", "out", "accum", "compile", "workers", "save_every", "log_every", "benchmark")  # may change
+PROGRESS = dict(step=0, losses=(), tried=0, bad=0, skipped=0, skipped_in_a_row=0)  # losses: not yet logged
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 CORES = max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # of this process
@@ -101,7 +100,7 @@ def spectrograms(run, batches):
         began = time.perf_counter()
         batch, tried, bad = next(batches)
         run.waited += time.perf_counter() - began
-        run.reads += torch.tensor([tried, len(bad)], device=run.device)
+        run.reads += torch.tensor([tried, len(bad), run.told_to_stop.is_set()], device=run.device)
         if bad:
             note_bad_files(run.out / "bad_files.txt", bad)
         if batch is None:
@@ -130,7 +129,6 @@ def train_step(run, step, batches):
     strategy, grid = MASKS[args.mask], run.config.grid
     masks = draw_masks(strategy, args.seed, step, args.batch_size, grid, args.mask_ratio, run.device)
     masks = [idx.view(args.accum, WORLD, -1, idx.shape[1])[:, RANK] for idx in masks]  # [accum, B, C or M]
-
     for context_idx, target_idx in zip(*masks):
         spectrogram = next(batches)  # [B, 1, T, F]
         last = len(pooled) == args.accum - 1  # its backward pass averages the gradients over the processes
@@ -146,13 +144,12 @@ def train_step(run, step, batches):
         pooled.append(targets.mean(1))
 
     # 4. Optimiser. All processes hold the same gradient by now: if it is not finite, all skip the step.
-    told = torch.tensor([run.told_to_stop.is_set()], device=run.device)
-    report = torch.cat([loss_sum.view(1), told, run.reads])
+    report = torch.cat([loss_sum.view(1), run.reads])
     if dist.is_initialized():
         dist.all_reduce(report)
     run.scaler.unscale_(run.optimizer)
     norm = torch.nn.utils.get_total_norm([p.grad for p in run.model.parameters()])
-    norm, loss, stop, tried, bad = torch.cat([norm.view(1), report]).tolist()  # the one wait for the device
+    norm, loss, tried, bad, stop = torch.cat([norm.view(1), report]).tolist()  # the one wait for the device
     run.tried, run.bad, run.reads = run.tried + int(tried), run.bad + int(bad), torch.zeros_like(run.reads)
     if math.isfinite(norm):
         for group in run.optimizer.param_groups:
@@ -174,7 +171,7 @@ def train(run):
         loss, norm, pooled, masked, stop = train_step(run, step, batches)
         run.step = step + 1
         if math.isfinite(norm):
-            run.losses, run.skipped_in_a_row = run.losses + [loss], 0
+            run.losses, run.skipped_in_a_row = (*run.losses, loss), 0
         else:
             run.skipped, run.skipped_in_a_row = run.skipped + 1, run.skipped_in_a_row + 1
         if run.skipped_in_a_row == 20:
@@ -186,14 +183,16 @@ def train(run):
             if dist.is_initialized():
                 dist.all_gather(parts, pooled)
                 pooled = torch.cat(parts)
-            write_log(run.out / "log.csv", dict(
+            row = dict(
                 step=run.step, loss=sum(run.losses) / len(run.losses) if run.losses else math.nan,
                 lr=learning_rate(step, args.steps, args.lr, args.warmup),
                 ema_decay=ema_decay(step, args.steps, args.ema), masked=masked, grad_norm=norm,
                 **monitors(pooled), clips_per_s=args.batch_size * (run.step - logged) / seconds,
                 data_wait=run.waited / seconds, memory_gib=memory_gib(run.device), bad_files=run.bad,
-                skipped=run.skipped))
-            began, run.waited, logged, run.losses = time.perf_counter(), 0.0, run.step, []
+                skipped=run.skipped)
+            if RANK == 0:
+                write_log(run.out / "log.csv", row)
+            began, run.waited, logged, run.losses = time.perf_counter(), 0.0, run.step, ()
         keep = [f"step-{run.step:07d}.pt"] if run.step % args.save_every == 0 else []
         if RANK == 0 and (keep or stop or run.step == args.steps or time.monotonic() - saved > 600):
             save(run, [*keep, "last.pt"])
@@ -201,30 +200,24 @@ def train(run):
         if stop:
             break
     if RANK == 0:
-        done = "finished" if run.step == args.steps else "stopped"
-        print(f"{done} at step {run.step}: {run.out / 'last.pt'}")
+        print(f"{run.step} of {args.steps} steps done, saved in {run.out / 'last.pt'}")
 
 
 def write_log(path, row):
-    """One line for the terminal, the same for the file."""
-    if RANK == 0:
-        cells = {name: value if isinstance(value, int) else f"{value:.6g}" for name, value in row.items()}
-        tqdm.write("  ".join(f"{name} {value}" for name, value in cells.items()))
-        with open(path, "a", newline="") as file:
-            writer = csv.DictWriter(file, cells)
-            if file.tell() == 0:
-                writer.writeheader()
-            writer.writerow(cells)
+    cells = {name: value if isinstance(value, int) else f"{value:.6g}" for name, value in row.items()}
+    tqdm.write("  ".join(f"{name} {value}" for name, value in cells.items()))
+    with open(path, "a") as file:
+        if file.tell() == 0:
+            file.write(",".join(cells) + "\n")
+        file.write(",".join(str(value) for value in cells.values()) + "\n")
 
 
 def save(run, names):
-    """The run as a checkpoint, under each of these names."""
     checkpoint = dict(
-        format=CHECKPOINT_FORMAT, config=dict(model=dataclasses.asdict(run.config), log_mel=run.log_mel.config),
+        format=CHECKPOINT_FORMAT, config=dict(model=vars(run.config), log_mel=run.log_mel.config),
         context_encoder=run.model.context_encoder.state_dict(), predictor=run.model.predictor.state_dict(),
-        target_encoder=run.target_encoder.state_dict(), optimizer=run.optimizer.state_dict(),
-        scaler=run.scaler.state_dict(), settings=run.settings, data=run.args.data,
-        **{name: getattr(run, name) for name in PROGRESS})
+        **{part: getattr(run, part).state_dict() for part in ("target_encoder", "optimizer", "scaler")},
+        settings=run.settings, data=run.args.data, **{name: getattr(run, name) for name in PROGRESS})
     for name in names:
         try:
             save_checkpoint(checkpoint, run.out / name)
@@ -250,15 +243,15 @@ def resume(run, checkpoint):
             if type(checkpoint[name]) is not type(start) or not 0 <= checkpoint["step"] <= run.args.steps:
                 raise ValueError(f"{name} is {checkpoint[name]!r:.40}")
             setattr(run, name, checkpoint[name])
-        run.losses = [float(loss) for loss in run.losses]
+        run.losses = tuple(map(float, run.losses))
         mean, std = (float(checkpoint["config"]["log_mel"][name]) for name in ("mean", "std"))
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         fail(f"{run.out / 'last.pt'}: refused, not a whole checkpoint of this run ({reason})")
     if RANK == 0 and (run.out / "log.csv").exists():  # what comes after the checkpoint will be logged again
-        with open(run.out / "log.csv", newline="") as file:
-            lines = [line for line in file if not line[:1].isdigit() or int(line.split(",")[0]) <= run.step]
-        write_atomically(run.out / "log.csv", "".join(lines).encode())
+        lines = (run.out / "log.csv").read_text().splitlines(keepends=True)
+        rows = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",")[0]) <= run.step]
+        write_atomically(run.out / "log.csv", "".join(lines[:1] + rows).encode())
     return mean, std
 
 
@@ -274,25 +267,24 @@ def build(args, clips, config, checkpoint):
     target_encoder = VisionTransformer(config).requires_grad_(False).eval()
     target_encoder.load_state_dict(model.context_encoder.state_dict())
     model, target_encoder = model.to(device), target_encoder.to(device)
-    if args.compile:  # in place, so that names stay as they are; dynamic, as masks vary in size
-        model.context_encoder.compile(dynamic=True)
-        model.predictor.compile(dynamic=True)
-        target_encoder.compile(dynamic=False)
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim < 2]  # biases, norms, mask token
-    groups = [dict(params=matrices, weight_decay=args.weight_decay), dict(params=vectors, weight_decay=0.0)]
-    trained = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True) if (
-        dist.is_initialized()) else model
+    for network in (model.context_encoder, model.predictor, target_encoder) * args.compile:
+        network.compile()  # in place, so that names stay; goes dynamic when it has seen masks of two sizes
+    # No decay for biases, norms and the mask token.
+    groups = [dict(params=[p for p in model.parameters() if p.ndim > 1], weight_decay=args.weight_decay),
+              dict(params=[p for p in model.parameters() if p.ndim < 2], weight_decay=0.0)]
     amp, front_end = choose_amp(args.amp, device), (args.sample_rate, args.clip_seconds, config.time_bins)
     run = SimpleNamespace(
-        args=args, clips=clips, config=config, device=device, model=model, target_encoder=target_encoder,
-        trained=trained, amp=amp, scaler=torch.amp.GradScaler(device.type, enabled=amp == torch.float16),
-        optimizer=torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95), fused=True),
-        log_mel=LogMel(*front_end).to(device), out=Path(args.out), told_to_stop=threading.Event(),
-        waited=0.0, reads=torch.zeros(2, device=device), **copy.deepcopy(PROGRESS),
-        settings={name: getattr(args, name) for name in SETTINGS} | dict(data=clips.fingerprint))
+        args=args, clips=clips, config=config, device=device, model=model, trained=model, amp=amp,
+        target_encoder=target_encoder, optimizer=torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True),
+        scaler=torch.amp.GradScaler(device.type, enabled=amp == torch.float16), out=Path(args.out),
+        log_mel=LogMel(*front_end).to(device), told_to_stop=threading.Event(), waited=0.0,
+        reads=torch.zeros(3, device=device), **PROGRESS,
+        settings={name: value for name, value in vars(args).items() if name not in FREE})
+    run.settings["data"] = clips.fingerprint
     mean, std = resume(run, checkpoint) if checkpoint else statistics(run)
     run.log_mel = LogMel(*front_end, mean=mean, std=std).to(device)
+    if dist.is_initialized():
+        run.trained = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     return run
 
 
@@ -322,58 +314,50 @@ def benchmark(run):
     peak = rate(lambda: a @ a, 2 * 4096**3 / 1e12)
     tflops = rows["step alone"] * sum(gflops_per_clip(run.config, sum(args.mask_ratio) / 2)) / 1e3 / WORLD
     if RANK == 0:
-        print(f"{args.model}, batch {args.batch_size}, {run.amp}, {WORLD} processes, {run.device}, "
-              f"{'compiled' if args.compile else 'eager'}")
+        print(f"{args.model}, batch {args.batch_size}, {run.amp}, compile {args.compile}, {WORLD} processes")
         print("\n".join(f"{name:>14}  {clips:10.1f} clips/s" for name, clips in rows.items()))
-        print(f"step alone: {tflops:.2f} TFLOP/s a process, {tflops / peak:.0%} of the {peak:.2f} TFLOP/s of a "
+        print(f"step alone: {tflops:.2f} TFLOP/s a process, {tflops / peak:.0%} of the {peak:.2f} of a "
               f"matrix product; peak memory {memory_gib(run.device):.2f} GiB")
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        fail(message)
-
-
-def number(kind, low, high):
-    """An argparse type: a number in [low, high]."""
-    def parse(text):
+def number_in(kind, low, high):
+    def number(text):
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return kind(text)
-    parse.__name__ = kind.__name__  # named in the message about what is no number at all
-    return parse
+    return number
 
 
 def parse_args(argv):
-    shown = argparse.ArgumentDefaultsHelpFormatter
-    parser = Parser(description="Pretrain Audio-JEPA.", formatter_class=shown)
-    add, count = parser.add_argument, number(int, 1, 10**9)
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = fail  # one line, without the usage
+    add, count = parser.add_argument, number_in(int, 1, 10**9)
     add("--data", metavar="PATH", help="folder, list, tar shards or packed folder; none: synthetic clips")
     add("--out", metavar="DIR", default="runs/audio-jepa", help="log, checkpoints; a run found here goes on")
     add("--model", choices=list(PRESETS), default="base", help="size of the networks")
     add("--steps", type=count, default=100000, help="optimiser steps of the whole run")
     add("--batch-size", type=count, default=256, help="clips in a step, over all processes")
     add("--accum", type=count, default=1, help="micro-batches that a step is cut into, to save memory")
-    add("--lr", type=number(float, 1e-6, 10), default=3e-4, help="peak learning rate")
-    add("--warmup", type=number(int, 0, 10**9), default=1000, help="steps from lr 1e-6 to the peak")
-    add("--weight-decay", type=number(float, 0, 10), default=0.05, help="of AdamW, on matrices only")
-    add("--ema", type=number(float, 0, 1), default=0.996, help="target encoder's decay at step 0; 1 at the end")
+    add("--lr", type=number_in(float, 1e-6, 10), default=3e-4, help="peak learning rate")
+    add("--warmup", type=number_in(int, 0, 10**9), default=1000, help="steps from lr 1e-6 to the peak")
+    add("--weight-decay", type=number_in(float, 0, 10), default=0.05, help="of AdamW, on matrices only")
+    add("--ema", type=number_in(float, 0, 1), default=0.996, help="target encoder's decay at step 0")
     add("--loss", choices=list(LOSSES), default="l2", help="l2 is eq. (2), cosine the authors' code")
     add("--mask", choices=list(MASKS), default="random", help="strategy")
-    add("--mask-ratio", type=number(float, 1e-6, 1 - 1e-6), nargs=2, default=[0.4, 0.6], metavar=("LO", "HI"),
-        help="share of the patches that is masked, drawn once a step")
-    add("--sample-rate", type=number(int, 1000, 768000), default=32000, help="Hz, a multiple of 128")
-    add("--clip-seconds", type=number(float, 0.625, 3600), default=10.0, help="multiple of 0.625")
+    add("--mask-ratio", type=number_in(float, 1e-6, 1 - 1e-6), nargs=2, default=[0.4, 0.6],
+        metavar=("LO", "HI"), help="share of the patches that is masked, drawn once a step")
+    add("--sample-rate", type=number_in(int, 1000, 768000), default=32000, help="Hz, a multiple of 128")
+    add("--clip-seconds", type=number_in(float, 0.625, 3600), default=10.0, help="multiple of 0.625")
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="mixed precision")
     add("--compile", action="store_true", help="torch.compile the three networks")
-    add("--workers", type=number(int, 0, 1024), default=max(1, min(16, CORES - 1)), help="loaders a process")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of everything that is drawn")
+    add("--workers", type=number_in(int, 0, 1024), default=max(1, min(16, CORES - 1)), help="of each process")
+    add("--seed", type=number_in(int, 0, 2**63 - 1), default=0, help="of everything that is drawn")
     add("--save-every", type=count, default=10000, help="steps between the checkpoints that are kept")
     add("--log-every", type=count, default=50, help="steps between log lines")
     add("--benchmark", action="store_true", help="measure speed and memory, and train nothing")
     args = parser.parse_args(argv)
     if args.batch_size % (args.accum * WORLD):
-        parser.error(f"--batch-size {args.batch_size} does not divide by --accum {args.accum} x {WORLD} processes")
+        parser.error(f"--accum {args.accum} x {WORLD} processes do not divide --batch-size {args.batch_size}")
     if args.clip_seconds % 0.625:
         parser.error(f"--clip-seconds {args.clip_seconds}: not a multiple of 0.625")
     return args
