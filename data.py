@@ -4,7 +4,7 @@
     python data.py scan PATH        hours, rates, lengths, unreadable and silent files; writes nothing
     python data.py pack PATH OUT    log-mel frames in memory-mapped shards: training reads no more audio
 
-PATH, as in `--data`: a folder tree, a .txt/.csv/.tsv list, uncompressed .tar shards, or a packed folder.
+PATH, as in `--data`: a folder tree, a .txt/.csv/.tsv list, or uncompressed .tar shards.
 A recording is a file or a member of a tar, of any length; a clip is what training sees, 10 s.
 """
 import argparse, csv, fractions, functools, io, itertools, json, math, os, random, re, sys, tarfile, zlib
@@ -17,7 +17,7 @@ from torchaudio.compliance import kaldi
 from tqdm import tqdm
 
 AUDIO = (b".wav", b".flac", b".ogg", b".oga", b".opus", b".mp3", b".aiff", b".aif")
-CANNOT_USE = (OSError, ValueError, RuntimeError, MemoryError)  # soundfile's own error is a RuntimeError
+CANNOT_USE = (OSError, ValueError, RuntimeError, MemoryError, csv.Error)  # soundfile's is a RuntimeError
 FRAMES_PER_SECOND, PATCH_FRAMES = 25.6, 16  # 256 frames in 10 s, at every clip length: a patch is 625 ms
 FLOOR = torch.finfo(torch.float32).eps  # Kaldi's least power: digital silence becomes log(FLOOR) = -15.9
 resampler = functools.lru_cache(64)(torchaudio.transforms.Resample)  # one kernel for each pair of rates
@@ -104,12 +104,12 @@ def find_recordings(path):
 
 
 def read_list(path):
-    """Paths, one a line; of a .csv or .tsv its first column, with or without a header."""
+    """Paths, one a line; of a .csv or .tsv its first column, less a header that does not end like audio."""
     separator = {b".csv": ",", b".tsv": "\t"}.get(path.lower()[-4:])
-    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         rows = csv.reader(file, delimiter=separator) if separator else ([row.rstrip("\r\n")] for row in file)
         names = [os.fsencode(row[0]) for row in rows if row and row[0].strip()]
-    names = names[names[:1] in ([b"path"], [b"file"], [b"filename"]) :]
+    names = names[bool(separator and names and not names[0].lower().endswith((*AUDIO, b".tar"))) :]
     missing = [name for name in names if not os.path.isfile(os.path.join(os.path.dirname(path), name))]
     if missing:
         raise ValueError(f"{printable(path)}: lists {len(missing)} missing files, as {printable(missing[0])}")
@@ -133,8 +133,7 @@ def resample(waveform, rate, wanted):
     for each new length; the same as a matrix product made recordings of all lengths 4 times as fast."""
     if rate == wanted or not len(waveform):
         return waveform
-    # Odd rates: the nearest ratio of small numbers (< 3 in a million off). From 44 099 Hz it would take 5 GB.
-    ratio = fractions.Fraction(wanted, rate).limit_denominator(640)
+    ratio = fractions.Fraction(wanted, rate).limit_denominator(1000)  # < 0.1 % off; else 5 GB from 44 099 Hz
     sinc = resampler(ratio.denominator, ratio.numerator)  # its kernel: [numerator, 1, taps]
     padded = F.pad(torch.from_numpy(waveform.copy()), (sinc.width, sinc.width + sinc.orig_freq))
     made = padded.unfold(0, sinc.kernel.shape[2], sinc.orig_freq) @ sinc.kernel[:, 0].T
@@ -219,7 +218,6 @@ class PackedFrames(AudioFiles):
 
 class AudioClips(Dataset):
     """Everything `--data` may be -> waveforms [samples], float32, or, `packed`, log-mel frames [T, F], fp16.
-
     `clips[i]` is clip i of the epoch chosen with `set_epoch`, a pure function of (seed, epoch, i). A longer
     recording gives a random window. A shorter one is filled up, end to end, with others, lest most patches be
     the same silence; only less than a patch of rest is silent. One that cannot be used is replaced likewise.
@@ -242,6 +240,8 @@ class AudioClips(Dataset):
             entries = find_recordings(path) if index_file is None else np.load(index_file, mmap_mode="r")
             self.source, self.silence = AudioFiles(root, entries, sample_rate), 0.0
             self.length, self.patch = round(clip_seconds * sample_rate), round(sample_rate * 0.625)
+        if not len(self):
+            raise ValueError(f"{path}: nothing in it")
         self.fingerprint = f"{len(self)} recordings, crc {zlib.crc32(self.source.entries):08x}"
 
     def set_epoch(self, epoch):
@@ -283,8 +283,7 @@ class AudioClips(Dataset):
 
 
 class SyntheticClips(AudioClips):
-    """Sound without a download: notes, chirps, noise bursts and rhythms, 3 to 8 in a clip, over quiet noise,
-    no two epochs alike. The single sounds are made once: a clip costs additions and no sines."""
+    """Sound without a download, no two epochs alike: notes, chirps, noise bursts, rhythms, 3 to 8 each."""
 
     def __init__(self, sample_rate=32000, clip_seconds=10.0, seed=0, num_clips=10000):
         self.seed, self.epoch, self.packed, self.fingerprint = seed, 0, False, "synthetic clips"
@@ -292,7 +291,7 @@ class SyntheticClips(AudioClips):
         self.length = self.patch = round(sample_rate * clip_seconds)
         rng = np.random.default_rng(seed)
         kinds = ["note"] * 48 + ["chirp"] * 48 + ["burst"] * 48 + ["hit"] * 48
-        self.sounds = [self.sound(kind, sample_rate, rng) for kind in kinds]
+        self.sounds = [self.sound(kind, sample_rate, rng) for kind in kinds]  # once: clips only add
         self.floor = rng.standard_normal(2 * self.length, dtype=np.float32) * 1e-3
 
     def sound(self, kind, sample_rate, rng):
@@ -300,9 +299,8 @@ class SyntheticClips(AudioClips):
         t = np.arange(int(seconds * sample_rate)) / sample_rate
         low, high = np.exp(rng.uniform(np.log(80), np.log(sample_rate / 8), 2))
         phase = 2 * np.pi * (low * t + (kind == "chirp") * (high - low) * t**2 / (2 * seconds))
-        tone = sum(np.sin(k * phase) / k for k in (1, 2, 3))
-        noise = rng.standard_normal(len(t)) * np.sin(phase)
-        wave = tone if kind in ("note", "chirp") else noise
+        wave = sum(np.sin(k * phase) / k for k in (1, 2, 3)) if kind in ("note", "chirp") else (
+            rng.standard_normal(len(t)) * np.sin(phase))
         return (wave * np.minimum(t / 0.01, 1) * np.exp(-t / seconds * rng.uniform(1, 6))).astype(np.float32)
 
     def window(self, i, length, rng):
@@ -359,7 +357,7 @@ def all_frames(log_mel, files, i):
     for waveform in files.windows(i, samples):
         clip = F.pad(torch.from_numpy(waveform.copy())[None], (0, samples - len(waveform)))
         frames.append(log_mel.frames(clip)[0, : max(1, round(len(waveform) / log_mel.hop))].half())
-    return torch.cat(frames)
+    return torch.cat(frames).numpy()  # by value: a tensor would travel as an open file
 
 
 def pack(path, out, sample_rate):
@@ -378,7 +376,7 @@ def pack(path, out, sample_rate):
                 else:
                     path = clips.source.entries[i].split(b"\0")[0]
                     rows.append(b"%s\0%s\0%d\0%d" % (path, name.encode(), first, len(answer)))
-                    frames, first = frames + [answer.numpy()], first + len(answer)
+                    frames, first = frames + [answer], first + len(answer)
             write_atomically(os.path.join(out, name), np.concatenate(frames))
             write_atomically(os.path.join(out, "index-" + name), np.array(rows, "S"))
         index += np.load(os.path.join(out, "index-" + name)).tolist()
@@ -394,6 +392,8 @@ if __name__ == "__main__":
     parser.add_argument("--sample-rate", type=int, default=32000, help="of pack (default: 32000)")
     args = parser.parse_args()
     try:
+        if os.path.isfile(os.path.join(args.path, "pack.json")):
+            raise ValueError(f"{args.path}: is packed already")
         scan(args.path) if args.command == "scan" else pack(args.path, args.out, args.sample_rate)
     except CANNOT_USE as error:
         print(f"data.py: error: {error}", file=sys.stderr)

@@ -20,8 +20,6 @@ Letters in the shape comments: B clips, N patches of a clip, C context (visible)
 import ctypes
 import math
 import os
-import pickle
-import resource
 import sys
 from dataclasses import dataclass
 
@@ -258,7 +256,7 @@ class JEPA(nn.Module):
 
 def save_checkpoint(checkpoint, path):
     """Write a checkpoint under a Path, all of it or nothing, whenever the power goes or the disk fills:
-    OSError or RuntimeError then, and what was at `path` before is still there."""
+    OSError then, and what was there before is still there."""
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -266,9 +264,9 @@ def save_checkpoint(checkpoint, path):
             file.flush()
             os.fsync(file.fileno())  # or a power cut could leave the new name on an empty file
         os.replace(temporary, path)
-    except (OSError, RuntimeError):
+    except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        raise
+        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}; the one before is kept") from error
 
 
 def load_checkpoint(path):
@@ -280,8 +278,7 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint") from None
-    except (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, MemoryError,
-            AssertionError, pickle.UnpicklingError) as error:
+    except Exception as error:  # whatever an untrusted file makes the reader raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path}: refused, not a whole file of tensors and plain types ({reason})") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
@@ -298,7 +295,9 @@ def monitors(pooled):
     singular values (RankMe), at most min(B - 1, D). mean_cosine: between two different clips. All clips
     alike: 0, 0, 1.
     """
-    pooled = pooled.double().cpu()
+    pooled = pooled.cpu().double()
+    if not pooled.isfinite().all():
+        return dict(target_std=math.nan, effective_rank=math.nan, mean_cosine=math.nan)
     values = torch.linalg.svdvals(pooled - pooled.mean(0))
     values = values[values > 1e-6 * pooled.norm()]  # what is left is rounding
     share = values / values.sum()
@@ -312,6 +311,8 @@ def memory_gib(device):
     """Peak so far: of the GPU's memory, or of the process's where there is none."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
+    import resource  # not on Windows
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
@@ -340,9 +341,12 @@ def tune_cpu():
 
 
 def choose_device():
-    """CUDA (the GPU that torchrun gave this process), MPS or CPU, whatever is there."""
+    """CUDA (the GPU that torchrun gave this process), MPS or CPU, whatever is there. ValueError if none is
+    left."""
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        if (local_rank := int(os.environ.get("LOCAL_RANK", 0))) >= torch.cuda.device_count():
+            raise ValueError(f"process {local_rank} has no GPU: start fewer processes")
+        torch.cuda.set_device(local_rank)
         torch.backends.cuda.matmul.allow_tf32 = True
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

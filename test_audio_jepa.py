@@ -549,6 +549,12 @@ def test_packing_keeps_the_log_mel_and_can_be_interrupted(tmp_path, monkeypatch)
         data.AudioClips(tmp_path / "p", 16000)
 
 
+def test_what_is_packed_is_not_scanned_or_packed_again(tmp_path):
+    data.pack(corpus(tmp_path / "c", 2), tmp_path / "p", 32000)
+    done = run_cli("data.py", "scan", tmp_path / "p")
+    assert done.returncode == 2 and "packed already" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
 def test_scan_counts_and_writes_nothing(tmp_path):
     folder = corpus(tmp_path / "c", 4)
     soundfile.write(folder / "silent.flac", np.zeros((44100, 2)), 44100)
@@ -744,6 +750,11 @@ def test_a_log_is_cut_back_to_the_checkpoint(tmp_path, monkeypatch, reference):
     assert steady(pretrain(tmp_path)[1]) == steady(reference[1])
 
 
+def test_a_log_from_before_the_first_checkpoint_is_begun_anew(tmp_path, reference):
+    (tmp_path / "log.csv").write_text("step,loss\n1,3\n2,")
+    assert steady(pretrain(tmp_path)[1]) == steady(reference[1])
+
+
 def test_checkpoints_are_kept_under_their_step(tmp_path):
     pretrain(tmp_path, "--save-every", 8)
     assert sorted(path.name for path in tmp_path.glob("*.pt*")) == ["last.pt", "step-0000008.pt", "step-0000016.pt"]
@@ -796,6 +807,17 @@ def test_a_step_without_a_finite_gradient_is_skipped(tmp_path, monkeypatch):
     assert checkpoint["optimizer"]["state"][0]["step"] == 18
 
 
+def test_a_step_on_a_spectrogram_that_is_not_finite_is_skipped_and_logged(tmp_path, monkeypatch):
+    real = train.train_step
+
+    def poisoned(run, step, batches):
+        return real(run, step, (batch * (float("nan") if step < 2 else 1) for batch in batches))
+    monkeypatch.setattr(train, "train_step", poisoned)
+    checkpoint, log = pretrain(tmp_path)
+    assert [row["skipped"] for row in log[:3]] == ["1", "2", "2"] and log[0]["target_std"] == "nan"
+    assert all(tensor.isfinite().all() for tensor in checkpoint["target_encoder"].values())
+
+
 def test_twenty_such_steps_stop_the_run(tmp_path, monkeypatch, capsys):
     poison(monkeypatch, set(range(8, 40)))
     with pytest.raises(SystemExit) as stopped:
@@ -841,7 +863,8 @@ def test_a_packed_folder_trains(tmp_path):
                                    ["--amp", "fp16"], ["--sample-rate", "16000"]])
 def test_every_choice_trains(tmp_path, flags):
     checkpoint, log = pretrain(tmp_path, *flags)
-    assert float(log[-1]["loss"]) < float(log[0]["loss"])
+    losses = [float(row["loss"]) for row in log if row["loss"] != "nan"]
+    assert losses[-1] < losses[0] and checkpoint["step"] == 20
     assert int(log[-1]["skipped"]) <= (10 if "fp16" in flags else 0)  # the scaler of fp16 finds its scale by skipping
 
 
@@ -849,6 +872,7 @@ def test_what_is_wrong_with_the_data_is_said_in_one_line(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "list.txt").write_text("gone.wav\n")
     (tmp_path / "x.bin").write_bytes(b"\0")
+    assert "does not exist" in fails(capsys, *TINY, "--out", tmp_path / "out", "--data", "")
     for path in (tmp_path / "nowhere", tmp_path / "empty", tmp_path / "list.txt", tmp_path / "x.bin"):
         assert str(path) in fails(capsys, *TINY, "--out", tmp_path / "out", "--data", path)
     assert "gone.wav" in fails(capsys, *TINY, "--out", tmp_path / "out", "--data", tmp_path / "list.txt")
@@ -939,6 +963,15 @@ def test_the_demonstrations_run():
     assert "85.35 M" in run_cli("model.py").stdout
     drawn = run_cli("masking.py").stdout
     assert drawn.count("#") > 2 * 51 and len([line for line in drawn.splitlines() if line.startswith("    ")]) == 16
+
+
+def test_every_flag_in_the_readme_exists_and_every_flag_is_read():
+    helped = run_cli("train.py", "--help").stdout + run_cli("data.py", "--help").stdout
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", (HERE / "README.md").read_text())) - {"--nproc_per_node"}
+    assert named and all(re.search(rf"{flag}\b", helped) for flag in named - {"--nproc"}), named
+    source = (HERE / "train.py").read_text()
+    for flag in re.findall(r'add\("--([a-z-]+)"', source):
+        assert re.search(rf"args\.{flag.replace('-', '_')}\b", source), f"nobody reads --{flag}"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

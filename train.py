@@ -7,7 +7,7 @@
 `train_step` is the method. Masks, clips, windows and schedules are pure functions of (seed, step): on one
 process or several, accumulated, or cut off and started again with the same --out, it is the same run.
 """
-import argparse, dataclasses, fcntl, functools, itertools, math, multiprocessing, os, random
+import argparse, copy, dataclasses, fcntl, functools, itertools, math, multiprocessing, os, random
 import signal, sys, threading, time
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,9 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import FRAMES_PER_SECOND, AudioClips, LogMel, SyntheticClips, printable, write_atomically
+from data import (CANNOT_USE, FRAMES_PER_SECOND, AudioClips, LogMel, SyntheticClips, printable,
+                  write_atomically)
 from masking import block_mask, draw_masks, ema_decay, random_mask, update_ema
-from model import (CHECKPOINT_FORMAT, JEPA, LOSSES, PRESETS, VisionTransformer, choose_amp, choose_device,
+from model import (CHECKPOINT_FORMAT, JEPA, LOSSES, PRESETS, choose_amp, choose_device,
                    gflops_per_clip, load_checkpoint, memory_gib, monitors, save_checkpoint, tune_cpu)
 
 MASKS = {"random": random_mask, "block": block_mask}
@@ -33,8 +34,8 @@ CORES = max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # of this p
 
 
 def fail(message, code=2):
-    """One line on stderr, and out. Code 2, the user's doing, is the same in all processes: one says it."""
-    if RANK == 0 or code != 2:
+    """One line on stderr, and out. Code 2, the user's doing, is the same all over a machine: one says it."""
+    if os.environ.get("LOCAL_RANK", "0") == "0" or code != 2:
         print(f"train.py: error: {message}", file=sys.stderr)
     sys.exit(code)
 
@@ -54,7 +55,6 @@ def clip_stream(num_clips, seed, size, chunks):
     def shuffled(epoch):
         rng = random.Random(f"order of epoch {epoch}, seed {seed}")
         return torch.randperm(num_clips, generator=torch.Generator().manual_seed(rng.getrandbits(63)))
-
     for chunk in chunks:
         places = (divmod(place, num_clips) for place in range(chunk * size, (chunk + 1) * size))
         yield [(epoch, int(shuffled(epoch)[i])) for epoch, i in places]
@@ -78,13 +78,10 @@ def loader(run, order):
 
 
 def statistics(run):
-    """Mean and std of the raw log-mel over the first 256 clips of the training order, as one process sees
-    them."""
+    """Mean and std of the raw log-mel over the first 256 clips of the training order, by one process."""
     count, total, squares = 1e-9, 0.0, 0.0
     order = clip_stream(len(run.clips), run.args.seed, 16, range(16 if RANK == 0 else 0))
-    for batch, _, bad in loader(run, order):
-        if batch is None:
-            fail(f"ten recordings in a row cannot be used, the last is {': '.join(bad[-1])}", 1)
+    for batch in (batch for batch, _, _ in loader(run, order) if batch is not None):
         frames = (batch if run.clips.packed else run.log_mel.frames(batch.to(run.device))).cpu().double()
         count, total, squares = count + frames.numel(), total + frames.sum(), squares + frames.square().sum()
     mean = float(total / count)
@@ -100,7 +97,7 @@ def spectrograms(run, batches):
         began = time.perf_counter()
         batch, tried, bad = next(batches)
         run.waited += time.perf_counter() - began
-        run.reads += torch.tensor([tried, len(bad), run.told_to_stop.is_set()], device=run.device)
+        run.reads = run.reads[0] + tried, run.reads[1] + len(bad)
         if bad:
             note_bad_files(run.out / "bad_files.txt", bad)
         if batch is None:
@@ -144,13 +141,14 @@ def train_step(run, step, batches):
         pooled.append(targets.mean(1))
 
     # 4. Optimiser. All processes hold the same gradient by now: if it is not finite, all skip the step.
-    report = torch.cat([loss_sum.view(1), run.reads])
+    counts = torch.tensor([*run.reads, run.told_to_stop.is_set()], dtype=torch.float32, device=run.device)
+    report = torch.cat([loss_sum.view(1), counts])
     if dist.is_initialized():
         dist.all_reduce(report)
     run.scaler.unscale_(run.optimizer)
     norm = torch.nn.utils.get_total_norm([p.grad for p in run.model.parameters()])
-    norm, loss, tried, bad, stop = torch.cat([norm.view(1), report]).tolist()  # the one wait for the device
-    run.tried, run.bad, run.reads = run.tried + int(tried), run.bad + int(bad), torch.zeros_like(run.reads)
+    norm, loss, tried, bad, stop = torch.cat([norm.view(1), report]).tolist()  # waits for the device
+    run.tried, run.bad, run.reads = run.tried + int(tried), run.bad + int(bad), (0, 0)
     if math.isfinite(norm):
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.lr, args.warmup)
@@ -166,8 +164,8 @@ def train(run):
     """Every step from run.step on, the log and the checkpoints."""
     args, saved, began, logged = run.args, time.monotonic(), time.perf_counter(), run.step
     batches = spectrograms(run, iter(loader(run, clip_order(args, len(run.clips), run.step, args.steps))))
-    hidden = RANK > 0 or not sys.stderr.isatty()
-    for step in tqdm(range(run.step, args.steps), initial=run.step, total=args.steps, disable=hidden):
+    steps = range(run.step, args.steps)
+    for step in tqdm(steps, initial=run.step, total=args.steps, disable=RANK > 0 or None):  # None: if a tty
         loss, norm, pooled, masked, stop = train_step(run, step, batches)
         run.step = step + 1
         if math.isfinite(norm):
@@ -203,13 +201,21 @@ def train(run):
         print(f"{run.step} of {args.steps} steps done, saved in {run.out / 'last.pt'}")
 
 
+def cut_log(path, step):
+    """Drop the lines of steps that will be logged again."""
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        kept = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",")[0]) <= step]
+        write_atomically(path, "".join(lines[:1] + kept if step else []).encode())
+
+
 def write_log(path, row):
     cells = {name: value if isinstance(value, int) else f"{value:.6g}" for name, value in row.items()}
     tqdm.write("  ".join(f"{name} {value}" for name, value in cells.items()))
     with open(path, "a") as file:
         if file.tell() == 0:
             file.write(",".join(cells) + "\n")
-        file.write(",".join(str(value) for value in cells.values()) + "\n")
+        file.write(",".join(map(str, cells.values())) + "\n")
 
 
 def save(run, names):
@@ -217,12 +223,10 @@ def save(run, names):
         format=CHECKPOINT_FORMAT, config=dict(model=vars(run.config), log_mel=run.log_mel.config),
         context_encoder=run.model.context_encoder.state_dict(), predictor=run.model.predictor.state_dict(),
         **{part: getattr(run, part).state_dict() for part in ("target_encoder", "optimizer", "scaler")},
-        settings=run.settings, data=run.args.data, **{name: getattr(run, name) for name in PROGRESS})
+        settings=run.settings, data=os.path.abspath(run.args.data or ""),
+        **{name: getattr(run, name) for name in PROGRESS})
     for name in names:
-        try:
-            save_checkpoint(checkpoint, run.out / name)
-        except (OSError, RuntimeError) as error:
-            fail(f"cannot write {run.out / name}: {str(error).splitlines()[0]}; the one before is kept", 1)
+        save_checkpoint(checkpoint, run.out / name)
 
 
 def resume(run, checkpoint):
@@ -248,25 +252,18 @@ def resume(run, checkpoint):
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         fail(f"{run.out / 'last.pt'}: refused, not a whole checkpoint of this run ({reason})")
-    if RANK == 0 and (run.out / "log.csv").exists():  # what comes after the checkpoint will be logged again
-        lines = (run.out / "log.csv").read_text().splitlines(keepends=True)
-        rows = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",")[0]) <= run.step]
-        write_atomically(run.out / "log.csv", "".join(lines[:1] + rows).encode())
     return mean, std
 
 
-def build(args, clips, config, checkpoint):
+def build(args, clips, config, checkpoint, device):
     """Everything a run consists of, new or as the checkpoint left it, in every process alike."""
-    device = choose_device()
     if device.type == "cpu" and WORLD > 1:  # torchrun gives a process one thread, however many there are
         torch.set_num_threads(CORES)
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(args.seed)
-    model = JEPA(config, args.loss)
-    target_encoder = VisionTransformer(config).requires_grad_(False).eval()
-    target_encoder.load_state_dict(model.context_encoder.state_dict())
-    model, target_encoder = model.to(device), target_encoder.to(device)
+    model = JEPA(config, args.loss).to(device)
+    target_encoder = copy.deepcopy(model.context_encoder).requires_grad_(False).eval()
     for network in (model.context_encoder, model.predictor, target_encoder) * args.compile:
         network.compile()  # in place, so that names stay; goes dynamic when it has seen masks of two sizes
     # No decay for biases, norms and the mask token.
@@ -278,9 +275,8 @@ def build(args, clips, config, checkpoint):
         target_encoder=target_encoder, optimizer=torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True),
         scaler=torch.amp.GradScaler(device.type, enabled=amp == torch.float16), out=Path(args.out),
         log_mel=LogMel(*front_end).to(device), told_to_stop=threading.Event(), waited=0.0,
-        reads=torch.zeros(3, device=device), **PROGRESS,
-        settings={name: value for name, value in vars(args).items() if name not in FREE})
-    run.settings["data"] = clips.fingerprint
+        reads=(0, 0), **PROGRESS, settings={k: v for k, v in vars(args).items() if k not in FREE})
+    run.settings |= dict(data=clips.fingerprint, amp=str(amp))
     mean, std = resume(run, checkpoint) if checkpoint else statistics(run)
     run.log_mel = LogMel(*front_end, mean=mean, std=std).to(device)
     if dist.is_initialized():
@@ -289,22 +285,21 @@ def build(args, clips, config, checkpoint):
 
 
 def benchmark(run):
-    """Print clips/s of each stage and of all together, each the median of five calls or more."""
+    """Print clips/s of each stage and of all together, each the median of five calls."""
     args, steps = run.args, itertools.count()
 
-    def rate(work, clips):
+    def rate(work, clips, calls=5):
         times = []
-        while len(times) < 8 or sum(times[3:]) < 4 and len(times) < 100:  # the first three warm up
+        for _ in range(3 + calls):  # the first three warm up
             began = time.perf_counter()
             work()
             if run.device.type != "cpu":
                 torch.accelerator.synchronize()
             times.append(time.perf_counter() - began)
-        return clips / sorted(times[3:])[len(times[3:]) // 2]
-
+        return clips / sorted(times[3:])[calls // 2]
     batches, rows = iter(loader(run, clip_order(args, len(run.clips), 0, 10**6))), {}
     batch, _, _ = next(batches)
-    rows["reading"] = rate(lambda: next(batches), len(batch))
+    rows["reading"] = rate(lambda: next(batches), len(batch), 25)  # more than workers fetch in advance
     batch, front_end = batch.to(run.device), run.log_mel.normalise if run.clips.packed else run.log_mel
     rows["log-mel"] = rate(lambda: front_end(batch), len(batch))
     ready, stream = itertools.repeat(front_end(batch)), spectrograms(run, batches)
@@ -370,26 +365,31 @@ def main(argv=None):
     try:
         last.parent.mkdir(parents=True, exist_ok=True)
         checkpoint = load_checkpoint(last) if last.exists() and not args.benchmark else None
-        index = last.with_name("index.npy")  # the recordings that this run found when it started
-        known = index if checkpoint and checkpoint.get("data") == args.data and index.exists() else None
-        clips = SyntheticClips(*front_end, args.seed)
-        if args.data:
-            clips = AudioClips(args.data, *front_end, args.seed, known)
-        bins = round(args.clip_seconds * FRAMES_PER_SECOND)
+        clips, bins = SyntheticClips(*front_end, args.seed), round(args.clip_seconds * FRAMES_PER_SECOND)
+        if args.data is not None:
+            index = last.with_name("index.npy")  # what the run found in this place when it began
+            known = checkpoint and checkpoint.get("data") == os.path.abspath(args.data) and index.exists()
+            clips = AudioClips(args.data, *front_end, args.seed, index if known else None)
         config = dataclasses.replace(PRESETS[args.model], time_bins=bins)
         LogMel(*front_end, bins)  # may refuse the rate: better now than after the networks are built
-    except (ValueError, OSError) as error:
-        fail(error)
-    run = build(args, clips, config, checkpoint)
-    if RANK == 0 and args.data and not (clips.packed or args.benchmark or checkpoint):
-        write_atomically(index, clips.source.entries)
+        device = choose_device()
+    except (*CANNOT_USE, KeyError, TypeError, EOFError) as error:
+        fail(str(error).splitlines()[0])
+    run = build(args, clips, config, checkpoint, device)
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: run.told_to_stop.set())
     try:
+        if RANK == 0 and not args.benchmark:
+            print(f"{clips.fingerprint}; {WORLD} processes; from step {run.step} on; log in {args.out}")
+            cut_log(run.out / "log.csv", run.step)
+            if args.data is not None and not (clips.packed or checkpoint):
+                write_atomically(index, clips.source.entries)
         benchmark(run) if args.benchmark else train(run)
         if dist.is_initialized():
             dist.barrier()  # nobody hangs up while another still saves
             dist.destroy_process_group()
+    except OSError as error:
+        fail(error, 1)
     finally:  # loader workers are deaf to what would otherwise end them
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for worker in multiprocessing.active_children():
