@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: MIT
 """What this project claims, as an executable specification: one claim a test, by the file that makes it.
 
-    pytest -q
+    python -m pytest -q -rs
 
 model.py    sizes, positions, initialisation, what each network sees, the loss, where gradients go
 masking.py  random and block masks, their reproducibility, the EMA and its schedule
 data.py     log-mel against Kaldi, every kind of input, clips, windows, filling up, bad files, packing
 train.py    schedules, monitors; one process = several = accumulation = resume; faults; bad input
 """
+
 import csv
 import dataclasses
 import io
@@ -38,8 +39,16 @@ from model import JEPAConfig, JEPA, Predictor, PRESETS, VisionTransformer
 
 HERE = Path(__file__).parent
 torch.set_num_threads(1)  # networks this small gain nothing from more
-SMALL = JEPAConfig(time_bins=64, mel_bins=48, dim=32, depth=2, heads=2, predictor_dim=16, predictor_depth=2,
-                   predictor_heads=2)  # a grid of 4 x 3
+SMALL = JEPAConfig(
+    time_bins=64,
+    mel_bins=48,
+    dim=32,
+    depth=2,
+    heads=2,
+    predictor_dim=16,
+    predictor_depth=2,
+    predictor_heads=2,
+)  # a grid of 4 x 3
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +60,7 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-# ---------------------------------------------------------------------------------------------------- model.py
+# ---------------------------------------- model.py
 
 
 def count(module):
@@ -103,7 +112,9 @@ def test_the_context_encoder_sees_only_visible_patches():
 
 def test_all_indices_in_order_are_no_mask():
     encoder, spectrogram = VisionTransformer(SMALL), torch.randn(2, 1, 64, 48)
-    assert torch.allclose(encoder(spectrogram, torch.arange(12).expand(2, 12)), encoder(spectrogram), atol=1e-6)
+    assert torch.allclose(
+        encoder(spectrogram, torch.arange(12).expand(2, 12)), encoder(spectrogram), atol=1e-6
+    )
 
 
 def test_clips_of_a_batch_do_not_meet():
@@ -186,8 +197,19 @@ def test_the_loss_is_computed_in_fp32_under_autocast():
     assert loss.dtype == torch.float32
 
 
-@pytest.mark.parametrize("wrong", [dict(time_bins=250), dict(mel_bins=100), dict(dim=100), dict(predictor_heads=7),
-                                   dict(depth=0), dict(heads=-1), dict(dim="768"), dict(depth=10**9)])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(time_bins=250),
+        dict(mel_bins=100),
+        dict(dim=100),
+        dict(predictor_heads=7),
+        dict(depth=0),
+        dict(heads=-1),
+        dict(dim="768"),
+        dict(depth=10**9),
+    ],
+)
 def test_sizes_that_do_not_fit_are_refused_at_construction(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         JEPAConfig(**wrong)
@@ -198,13 +220,15 @@ def test_a_spectrogram_of_another_size_is_refused():
         VisionTransformer(SMALL)(torch.randn(1, 1, 64, 64))
 
 
-# -------------------------------------------------------------------------------------------------- masking.py
+# ---------------------------------------- masking.py
 
 STRATEGIES = pytest.mark.parametrize("strategy", [masking.random_mask, masking.block_mask])
 
 
 @STRATEGIES
-@pytest.mark.parametrize("grid,num_masked", [((16, 8), 51), ((16, 8), 77), ((1, 8), 3), ((48, 5), 100), ((16, 8), 1)])
+@pytest.mark.parametrize(
+    "grid,num_masked", [((16, 8), 51), ((16, 8), 77), ((1, 8), 3), ((48, 5), 100), ((16, 8), 1)]
+)
 def test_context_and_target_are_disjoint_and_complete(strategy, grid, num_masked):
     context_idx, target_idx = strategy(7, grid, num_masked, generator())
     assert target_idx.shape == (7, num_masked) and target_idx.dtype == torch.int64
@@ -244,6 +268,7 @@ def test_block_masks_are_made_of_blocks():
         _, target_idx = strategy(500, (16, 8), 64, generator())
         hidden = torch.zeros(500, 128).scatter_(1, target_idx, 1.0).view(500, 16, 8)
         return (hidden[:, 1:] == hidden[:, :-1]).float().mean().item()
+
     assert equal_neighbours(masking.block_mask) > 0.8 > 0.6 > equal_neighbours(masking.random_mask)
 
 
@@ -252,13 +277,18 @@ def test_masks_are_a_pure_function_of_seed_and_step(strategy):
     def draw(seed, step):
         torch.rand(3)  # the global generator has no say
         return masking.draw_masks(strategy, seed, step, 8, (16, 8), (0.5, 0.5), "cpu")[1]
+
     assert torch.equal(draw(1, 5), draw(1, 5))
-    assert not any(torch.equal(a, b) for a, b in itertools.combinations([draw(1, 5), draw(1, 6), draw(2, 5)], 2))
+    assert not any(
+        torch.equal(a, b) for a, b in itertools.combinations([draw(1, 5), draw(1, 6), draw(2, 5)], 2)
+    )
 
 
 def test_the_masked_share_is_drawn_once_a_step_over_its_whole_range():
-    counts = {masking.draw_masks(masking.random_mask, 0, step, 2, (16, 8), (0.4, 0.6), "cpu")[1].shape[1]
-              for step in range(1000)}
+    counts = {
+        masking.draw_masks(masking.random_mask, 0, step, 2, (16, 8), (0.4, 0.6), "cpu")[1].shape[1]
+        for step in range(1000)
+    }
     assert counts == set(range(51, 78))
 
 
@@ -284,7 +314,9 @@ def test_ema_equals_its_closed_form():
     for _ in range(10):
         masking.update_ema(target, context, 0.9)
     for name, tensor in target.state_dict().items():
-        assert torch.allclose(tensor, 0.9**10 * start[name] + (1 - 0.9**10) * context.state_dict()[name], atol=1e-6)
+        assert torch.allclose(
+            tensor, 0.9**10 * start[name] + (1 - 0.9**10) * context.state_dict()[name], atol=1e-6
+        )
 
 
 def test_ema_covers_buffers_and_refuses_other_names():
@@ -303,7 +335,7 @@ def test_ema_at_one_moves_nothing():
     assert torch.equal(target.patch_embed.weight, start)
 
 
-# ------------------------------------------------------------------------------------------------------ data.py
+# ---------------------------------------- data.py
 
 
 def tone(seconds=1.0, rate=32000, hertz=440.0):
@@ -318,18 +350,36 @@ def corpus(folder, clips=12, seconds=2.0):
     """A folder of short wav files that sound different."""
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(clips):
-        soundfile.write(folder / f"{i:03d}.wav", tone(seconds, hertz=200 + 70 * i) + noise(seconds, seed=i) / 4, 32000)
+        soundfile.write(
+            folder / f"{i:03d}.wav", tone(seconds, hertz=200 + 70 * i) + noise(seconds, seed=i) / 4, 32000
+        )
     return folder
 
 
 @pytest.mark.parametrize("rate,mels", [(32000, 128), (16000, 80), (48000, 64)])
 def test_log_mel_is_kaldis(rate, mels):
     from torchaudio.compliance import kaldi
-    waveform = torch.from_numpy(np.stack([noise(10, rate), tone(10, rate) + 0.2, np.zeros(10 * rate, np.float32)]))
+
+    waveform = torch.from_numpy(
+        np.stack([noise(10, rate), tone(10, rate) + 0.2, np.zeros(10 * rate, np.float32)])
+    )
     hop = rate * 10 / 256
-    wanted = torch.stack([kaldi.fbank(x[None], sample_frequency=rate, num_mel_bins=mels, frame_shift=1000 * hop / rate,
-                                      frame_length=1000 * int(2.5 * hop) / rate, snip_edges=False, dither=0.0,
-                                      window_type="hanning", low_freq=20) for x in waveform])
+    wanted = torch.stack(
+        [
+            kaldi.fbank(
+                x[None],
+                sample_frequency=rate,
+                num_mel_bins=mels,
+                frame_shift=1000 * hop / rate,
+                frame_length=1000 * int(2.5 * hop) / rate,
+                snip_edges=False,
+                dither=0.0,
+                window_type="hanning",
+                low_freq=20,
+            )
+            for x in waveform
+        ]
+    )
     ours = data.LogMel(rate, mel_bins=mels)(waveform)
     assert ours.shape == (3, 1, 256, mels)
     assert (ours[:, 0] - wanted).abs().max() < 1e-3
@@ -377,15 +427,28 @@ def test_every_layout_of_data_gives_the_same_recordings(tmp_path):
         assert all(torch.equal(clips[i], sets[0][i]) for i in range(5))
 
 
-@pytest.mark.parametrize("suffix,options", [("wav", dict(subtype="PCM_24")), ("wav", dict(subtype="PCM_U8")),
-                                            ("flac", {}), ("ogg", {}), ("opus", dict(format="OGG", subtype="OPUS")),
-                                            ("mp3", {}), ("aiff", {}), ("wav", dict(subtype="FLOAT"))])
+@pytest.mark.parametrize(
+    "suffix,options",
+    [
+        ("wav", dict(subtype="PCM_24")),
+        ("wav", dict(subtype="PCM_U8")),
+        ("flac", {}),
+        ("ogg", {}),
+        ("opus", dict(format="OGG", subtype="OPUS")),
+        ("mp3", {}),
+        ("aiff", {}),
+        ("wav", dict(subtype="FLOAT")),
+    ],
+)
 def test_every_format_is_read(tmp_path, suffix, options):
     wave = tone(1, 48000)
     soundfile.write(tmp_path / f"x.{suffix}", np.stack([wave, 0.5 * wave], 1), 48000, **options)
     (window,) = data.AudioFiles(tmp_path, [f"x.{suffix}".encode()], 48000).windows(0, 10 * 48000)
-    best = max(np.corrcoef(0.75 * wave[:40000], window[k : k + 40000])[0, 1] for k in range(0, 2500, 1)
-               if len(window) >= k + 40000)
+    best = max(
+        np.corrcoef(0.75 * wave[:40000], window[k : k + 40000])[0, 1]
+        for k in range(0, 2500, 1)
+        if len(window) >= k + 40000
+    )
     assert abs(len(window) - 48000) < 3000 and best > 0.97
     assert window.std() == pytest.approx(0.75 * wave.std(), rel=0.1)
 
@@ -404,7 +467,10 @@ def test_the_resampling_kernel_is_built_once_a_rate():
 
 
 def test_a_clip_is_a_pure_function_of_seed_epoch_and_index(tmp_path):
-    for clips in (data.AudioClips(corpus(tmp_path / "c"), clip_seconds=1.25), data.SyntheticClips(clip_seconds=1.25)):
+    for clips in (
+        data.AudioClips(corpus(tmp_path / "c"), clip_seconds=1.25),
+        data.SyntheticClips(clip_seconds=1.25),
+    ):
         clips.set_epoch(3)
         first = clips[2]
         clips[5], clips.set_epoch(4)
@@ -463,8 +529,20 @@ def break_file(path, how):
         whole.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
 
 
-BROKEN = ["empty", "text", "no samples", "nan", "inf", "dangling", "cut wav", "cut flac", "cut ogg", "cut opus", "cut mp3",
-          "cut aiff"]
+BROKEN = [
+    "empty",
+    "text",
+    "no samples",
+    "nan",
+    "inf",
+    "dangling",
+    "cut wav",
+    "cut flac",
+    "cut ogg",
+    "cut opus",
+    "cut mp3",
+    "cut aiff",
+]
 
 
 @pytest.mark.parametrize("how", BROKEN)
@@ -521,8 +599,14 @@ def test_synthetic_clips_are_worth_learning_from():
 
 
 def run_cli(*command, env=None, timeout=240):
-    return subprocess.run([sys.executable, *map(str, command)], cwd=HERE, capture_output=True, text=True,
-                          env=os.environ | (env or {}), timeout=timeout)
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        env=os.environ | (env or {}),
+        timeout=timeout,
+    )
 
 
 def test_packing_keeps_the_log_mel_and_can_be_interrupted(tmp_path, monkeypatch):
@@ -563,13 +647,33 @@ def test_scan_counts_and_writes_nothing(tmp_path):
     table = {label.strip(): value for label, value in re.findall(r"^ *(\S.*?)  (\S+)$", done.stdout, re.M)}
     assert done.returncode == 0 and sorted(tmp_path.rglob("*")) == before
     assert (table["recordings"], table["silent"], table["unreadable"]) == ("6", "1", "1")
-    assert (table["32000 Hz"], table["44100 Hz"], table["2 channels"]) == ("4", "1", "1") and "bad.wav" in done.stdout
+    assert (table["32000 Hz"], table["44100 Hz"], table["2 channels"]) == (
+        "4",
+        "1",
+        "1",
+    ) and "bad.wav" in done.stdout
 
 
-# ----------------------------------------------------------------------------------------------------- train.py
+# ---------------------------------------- train.py
 
-TINY = ["--model", "tiny", "--clip-seconds", "1.25", "--batch-size", "8", "--steps", "20", "--warmup", "5", "--amp", "off",
-        "--log-every", "1", "--workers", "0"]  # the smallest run there is: a grid of 2 x 8
+TINY = [
+    "--model",
+    "tiny",
+    "--clip-seconds",
+    "1.25",
+    "--batch-size",
+    "8",
+    "--steps",
+    "20",
+    "--warmup",
+    "5",
+    "--amp",
+    "off",
+    "--log-every",
+    "1",
+    "--workers",
+    "0",
+]  # the smallest run there is: a grid of 2 x 8
 
 
 def pretrain(out, *flags):
@@ -591,17 +695,23 @@ def stop_after(monkeypatch, steps):
         if step == steps - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(run, step, batches)
+
     monkeypatch.setattr(train, "train_step", step_and_signal)
 
 
 def same(one, other, names=("context_encoder", "target_encoder", "predictor"), tolerance=0.0):
-    return all(torch.allclose(tensor, other[part][name], rtol=0, atol=tolerance)
-               for part in names for name, tensor in one[part].items())
+    return all(
+        torch.allclose(tensor, other[part][name], rtol=0, atol=tolerance)
+        for part in names
+        for name, tensor in one[part].items()
+    )
 
 
 def steady(log):
     """The log without its clocks."""
-    return [{k: v for k, v in row.items() if k not in ("clips_per_s", "data_wait", "memory_gib")} for row in log]
+    return [
+        {k: v for k, v in row.items() if k not in ("clips_per_s", "data_wait", "memory_gib")} for row in log
+    ]
 
 
 def fails(capsys, *flags):
@@ -626,7 +736,13 @@ def test_the_learning_rate_is_the_papers():
 
 def test_the_defaults_are_the_papers():
     args = train.parse_args([])
-    assert (args.model, args.batch_size, args.steps, args.lr, args.warmup) == ("base", 256, 100000, 3e-4, 1000)
+    assert (args.model, args.batch_size, args.steps, args.lr, args.warmup) == (
+        "base",
+        256,
+        100000,
+        3e-4,
+        1000,
+    )
     assert (args.weight_decay, args.ema, args.mask_ratio) == (0.05, 0.996, [0.4, 0.6])
     assert (args.mask, args.loss, args.sample_rate, args.clip_seconds) == ("random", "l2", 32000, 10.0)
 
@@ -664,8 +780,16 @@ def test_a_run_learns_logs_and_leaves_a_checkpoint_of_plain_data(reference):
     assert float(log[-1]["loss"]) < 0.8 * float(log[0]["loss"])
     assert all(math.isfinite(float(value)) for row in log for value in row.values())
     assert float(log[0]["lr"]) == 1e-6 and float(log[5]["lr"]) == pytest.approx(3e-4)
-    assert {"format", "step", "config", "context_encoder", "target_encoder", "predictor", "optimizer", "scaler"} <= set(
-        checkpoint)
+    assert {
+        "format",
+        "step",
+        "config",
+        "context_encoder",
+        "target_encoder",
+        "predictor",
+        "optimizer",
+        "scaler",
+    } <= set(checkpoint)
     config = JEPAConfig(**checkpoint["config"]["model"])
     VisionTransformer(config).load_state_dict(checkpoint["target_encoder"])
     assert config.grid == (2, 8) and data.LogMel(**checkpoint["config"]["log_mel"]).std > 0
@@ -679,12 +803,15 @@ def test_the_target_encoder_of_a_run_is_the_average_of_its_context_encoders(tmp_
             seen.append(target.patch_embed.weight.clone())
         real(target, context, decay)
         seen.append((decay, context.patch_embed.weight.clone()))
+
     monkeypatch.setattr(train, "update_ema", remember)
     checkpoint, _ = pretrain(tmp_path)
     average = seen[0]
     for decay, weight in seen[1:]:
         average = decay * average + (1 - decay) * weight
-    assert len(seen) == 21 and [decay for decay, _ in seen[1:]] == [masking.ema_decay(s, 20) for s in range(20)]
+    assert len(seen) == 21 and [decay for decay, _ in seen[1:]] == [
+        masking.ema_decay(s, 20) for s in range(20)
+    ]
     assert torch.allclose(checkpoint["target_encoder"]["patch_embed.weight"], average, atol=1e-6)
 
 
@@ -693,7 +820,9 @@ def test_weight_decay_spares_biases_norms_and_the_mask_token(reference):
     jepa = JEPA(dataclasses.replace(PRESETS["tiny"], time_bins=32))
     matrices = sum(parameter.ndim > 1 for parameter in jepa.parameters())
     assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [
-        (matrices, 0.05), (len(list(jepa.parameters())) - matrices, 0.0)]
+        (matrices, 0.05),
+        (len(list(jepa.parameters())) - matrices, 0.0),
+    ]
     assert jepa.predictor.mask_token.ndim == 1 and tuple(groups[0]["betas"]) == (0.9, 0.95)
 
 
@@ -704,9 +833,24 @@ def test_accumulation_is_the_same_run(reference, tmp_path):
 
 
 def torchrun(out, processes, *flags):
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-                           "train.py", *TINY, "--out", str(out), *map(str, flags)], cwd=HERE, capture_output=True,
-                          text=True, timeout=240)
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={processes}",
+            "train.py",
+            *TINY,
+            "--out",
+            str(out),
+            *map(str, flags),
+        ],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
 
 
 def test_two_processes_are_the_same_run(reference, tmp_path):
@@ -722,7 +866,9 @@ def test_two_processes_are_the_same_run(reference, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("source", ["synthetic", "files"])
-def test_a_run_that_was_stopped_ends_bit_for_bit_like_one_that_was_not(tmp_path, monkeypatch, workers, source):
+def test_a_run_that_was_stopped_ends_bit_for_bit_like_one_that_was_not(
+    tmp_path, monkeypatch, workers, source
+):
     flags = ["--workers", workers, "--log-every", 5, "--amp", "auto"]
     if source == "files":
         flags += ["--data", corpus(tmp_path / "c", 12, seconds=1.0)]
@@ -756,14 +902,24 @@ def test_a_log_from_before_the_first_checkpoint_is_begun_anew(tmp_path, referenc
 
 def test_checkpoints_are_kept_under_their_step(tmp_path):
     pretrain(tmp_path, "--save-every", 8)
-    assert sorted(path.name for path in tmp_path.glob("*.pt*")) == ["last.pt", "step-0000008.pt", "step-0000016.pt"]
+    assert sorted(path.name for path in tmp_path.glob("*.pt*")) == [
+        "last.pt",
+        "step-0000008.pt",
+        "step-0000016.pt",
+    ]
     assert torch.load(tmp_path / "step-0000008.pt", weights_only=True)["step"] == 8
 
 
 def test_a_changed_setting_is_named_and_refused(tmp_path, capsys, reference):
     pretrain(tmp_path)
     capsys.readouterr()
-    for flag, value in (("--lr", 1e-3), ("--seed", 1), ("--mask-ratio", "0.3 0.6"), ("--model", "small"), ("--steps", 30)):
+    for flag, value in (
+        ("--lr", 1e-3),
+        ("--seed", 1),
+        ("--mask-ratio", "0.3 0.6"),
+        ("--model", "small"),
+        ("--steps", 30),
+    ):
         assert flag in fails(capsys, *TINY, "--out", tmp_path, flag, *str(value).split())
     assert "--data" in fails(capsys, *TINY, "--out", tmp_path, "--data", corpus(tmp_path / "c"))
 
@@ -777,6 +933,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch, capsys):
     def full(checkpoint, file):
         file.write(b"half of it")
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(SystemExit) as stopped:
         pretrain(tmp_path)
@@ -789,11 +946,14 @@ def poison(monkeypatch, steps):
     real = train.train_step
 
     def poisoned(run, step, batches):
-        handle = run.model.predictor.mask_token.register_hook(lambda grad: grad * float("nan") if step in steps else grad)
+        handle = run.model.predictor.mask_token.register_hook(
+            lambda grad: grad * float("nan") if step in steps else grad
+        )
         try:
             return real(run, step, batches)
         finally:
             handle.remove()
+
     monkeypatch.setattr(train, "train_step", poisoned)
 
 
@@ -801,8 +961,11 @@ def test_a_step_without_a_finite_gradient_is_skipped(tmp_path, monkeypatch):
     poison(monkeypatch, {3, 4})
     checkpoint, log = pretrain(tmp_path)
     assert [int(row["skipped"]) for row in log[2:6]] == [0, 1, 2, 2]
-    assert all(tensor.isfinite().all() for part in ("context_encoder", "target_encoder", "predictor")
-               for tensor in checkpoint[part].values())
+    assert all(
+        tensor.isfinite().all()
+        for part in ("context_encoder", "target_encoder", "predictor")
+        for tensor in checkpoint[part].values()
+    )
     assert checkpoint["optimizer"]["state"][0]["step"] == 18
 
 
@@ -811,6 +974,7 @@ def test_a_step_on_a_spectrogram_that_is_not_finite_is_skipped_and_logged(tmp_pa
 
     def poisoned(run, step, batches):
         return real(run, step, (batch * (float("nan") if step < 2 else 1) for batch in batches))
+
     monkeypatch.setattr(train, "train_step", poisoned)
     checkpoint, log = pretrain(tmp_path)
     assert [row["skipped"] for row in log[:3]] == ["1", "2", "2"] and log[0]["target_std"] == "nan"
@@ -858,13 +1022,24 @@ def test_a_packed_folder_trains(tmp_path):
     assert pretrain(tmp_path / "out", "--data", tmp_path / "p")[0]["step"] == 20
 
 
-@pytest.mark.parametrize("flags", [["--mask", "block"], ["--loss", "cosine"], ["--loss", "smooth_l1"], ["--amp", "bf16"],
-                                   ["--amp", "fp16"], ["--sample-rate", "16000"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--mask", "block"],
+        ["--loss", "cosine"],
+        ["--loss", "smooth_l1"],
+        ["--amp", "bf16"],
+        ["--amp", "fp16"],
+        ["--sample-rate", "16000"],
+    ],
+)
 def test_every_choice_trains(tmp_path, flags):
     checkpoint, log = pretrain(tmp_path, *flags)
     losses = [float(row["loss"]) for row in log if row["loss"] != "nan"]
     assert losses[-1] < losses[0] and checkpoint["step"] == 20
-    assert int(log[-1]["skipped"]) <= (10 if "fp16" in flags else 0)  # the scaler of fp16 finds its scale by skipping
+    assert int(log[-1]["skipped"]) <= (
+        10 if "fp16" in flags else 0
+    )  # the scaler of fp16 finds its scale by skipping
 
 
 def test_what_is_wrong_with_the_data_is_said_in_one_line(tmp_path, capsys):
@@ -877,13 +1052,25 @@ def test_what_is_wrong_with_the_data_is_said_in_one_line(tmp_path, capsys):
     assert "gone.wav" in fails(capsys, *TINY, "--out", tmp_path / "out", "--data", tmp_path / "list.txt")
 
 
-@pytest.mark.parametrize("flags,words", [
-    (["--batch-size", "10", "--accum", "4"], ["10", "4", "1 processes"]), (["--mask-ratio", "0", "0.5"], ["mask-ratio"]),
-    (["--mask-ratio", "0.5", "1"], ["mask-ratio"]), 
-    (["--steps", "0"], ["steps"]), (["--steps", "many"], ["steps"]), (["--lr", "-1"], ["lr"]), (["--lr", "nan"], ["lr"]),
-    (["--sample-rate", "44100"], ["44100"]), (["--clip-seconds", "7"], ["clip-seconds"]), (["--model", "huge"], ["huge"]),
-    (["--seed", "-1"], ["seed"]), (["--ema", "1.5"], ["ema"]), (["--workers", "99999999999"], ["workers"]),
-    (["--nonsense"], ["nonsense"])])
+@pytest.mark.parametrize(
+    "flags,words",
+    [
+        (["--batch-size", "10", "--accum", "4"], ["10", "4", "1 processes"]),
+        (["--mask-ratio", "0", "0.5"], ["mask-ratio"]),
+        (["--mask-ratio", "0.5", "1"], ["mask-ratio"]),
+        (["--steps", "0"], ["steps"]),
+        (["--steps", "many"], ["steps"]),
+        (["--lr", "-1"], ["lr"]),
+        (["--lr", "nan"], ["lr"]),
+        (["--sample-rate", "44100"], ["44100"]),
+        (["--clip-seconds", "7"], ["clip-seconds"]),
+        (["--model", "huge"], ["huge"]),
+        (["--seed", "-1"], ["seed"]),
+        (["--ema", "1.5"], ["ema"]),
+        (["--workers", "99999999999"], ["workers"]),
+        (["--nonsense"], ["nonsense"]),
+    ],
+)
 def test_an_absurd_flag_is_refused_in_one_line(tmp_path, capsys, flags, words):
     line = fails(capsys, "--out", tmp_path, *flags)
     assert all(word in line for word in words)
@@ -901,7 +1088,14 @@ def test_a_checkpoint_that_is_none_is_refused_and_not_executed(tmp_path, capsys)
     torch.save(dict(format="audio-jepa 1", step=1), whole)
     pickled = io.BytesIO()
     torch.save(hostile, pickled)
-    for content in (pickled.getvalue(), pickle.dumps(hostile), whole.getvalue()[:-100], b"", b"text", whole.getvalue()):
+    for content in (
+        pickled.getvalue(),
+        pickle.dumps(hostile),
+        whole.getvalue()[:-100],
+        b"",
+        b"text",
+        whole.getvalue(),
+    ):
         (tmp_path / "last.pt").write_bytes(content)
         assert "last.pt" in fails(capsys, *TINY, "--out", tmp_path)
         assert not hostile.path.exists()
@@ -910,10 +1104,21 @@ def test_a_checkpoint_that_is_none_is_refused_and_not_executed(tmp_path, capsys)
 def test_a_checkpoint_whose_config_or_state_lies_is_refused(tmp_path, capsys):
     checkpoint, _ = pretrain(tmp_path)
     capsys.readouterr()
-    lies = [dict(context_encoder=checkpoint["predictor"]), dict(step="many"), dict(step=-1), dict(step=10**12),
-            dict(optimizer=dict(state={}, param_groups=[])), dict(config=dict(log_mel=dict(sample_rate=10**12))),
-            dict(config=None), dict(format="another 7"), dict(settings=[]), dict(losses="none")]
-    lies += [dict(target_encoder=checkpoint["target_encoder"] | {"norm.weight": torch.zeros(1).expand(10**12)})]
+    lies = [
+        dict(context_encoder=checkpoint["predictor"]),
+        dict(step="many"),
+        dict(step=-1),
+        dict(step=10**12),
+        dict(optimizer=dict(state={}, param_groups=[])),
+        dict(config=dict(log_mel=dict(sample_rate=10**12))),
+        dict(config=None),
+        dict(format="another 7"),
+        dict(settings=[]),
+        dict(losses="none"),
+    ]
+    lies += [
+        dict(target_encoder=checkpoint["target_encoder"] | {"norm.weight": torch.zeros(1).expand(10**12)})
+    ]
     for lie in lies:
         torch.save(checkpoint | lie, tmp_path / "last.pt")
         assert "last.pt" in fails(capsys, *TINY, "--out", tmp_path), lie
@@ -926,7 +1131,17 @@ def test_one_line_and_no_traceback_from_the_shell(tmp_path):
 
 def test_a_signal_ends_a_run_within_the_step(tmp_path):
     for number in (signal.SIGTERM, signal.SIGINT):
-        command = [sys.executable, "train.py", *TINY, "--steps", "100000", "--workers", "2", "--out", str(tmp_path)]
+        command = [
+            sys.executable,
+            "train.py",
+            *TINY,
+            "--steps",
+            "100000",
+            "--workers",
+            "2",
+            "--out",
+            str(tmp_path),
+        ]
         with subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True) as process:
             process.stdout.readline()  # the first log line
             process.send_signal(number)
@@ -938,17 +1153,21 @@ def test_a_signal_ends_a_run_within_the_step(tmp_path):
 def test_the_benchmark_measures_and_writes_nothing(tmp_path, capsys, monkeypatch):
     train.main([*TINY, "--benchmark", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
-    assert all(word in printed for word in ("reading", "log-mel", "step alone", "all together", "TFLOP/s", "GiB"))
+    assert all(
+        word in printed for word in ("reading", "log-mel", "step alone", "all together", "TFLOP/s", "GiB")
+    )
     assert not list(tmp_path.iterdir())
 
 
-# -------------------------------------------------------------------------------------------------- the project
+# ---------------------------------------- the project
 
 
 @pytest.mark.parametrize("name", ["model.py", "masking.py", "data.py"])
 def test_a_file_that_is_copied_alone_imports(tmp_path, name):
     shutil.copy(HERE / name, tmp_path)
-    done = subprocess.run([sys.executable, "-c", f"import {name[:-3]}"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", f"import {name[:-3]}"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -961,12 +1180,17 @@ def test_nothing_decodes_with_torchaudio():
 def test_the_demonstrations_run():
     assert "85.35 M" in run_cli("model.py").stdout
     drawn = run_cli("masking.py").stdout
-    assert drawn.count("#") > 2 * 51 and len([line for line in drawn.splitlines() if line.startswith("    ")]) == 16
+    assert (
+        drawn.count("#") > 2 * 51
+        and len([line for line in drawn.splitlines() if line.startswith("    ")]) == 16
+    )
 
 
 def test_every_flag_in_the_readme_exists_and_every_flag_is_read():
     helped = run_cli("train.py", "--help").stdout + run_cli("data.py", "--help").stdout
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", (HERE / "README.md").read_text())) - {"--nproc_per_node"}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", (HERE / "README.md").read_text())) - {
+        "--nproc_per_node"
+    }
     assert named and all(re.search(rf"{flag}\b", helped) for flag in named - {"--nproc"}), named
     source = (HERE / "train.py").read_text()
     for flag in re.findall(r'add\("--([a-z-]+)"', source):
