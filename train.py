@@ -164,8 +164,8 @@ def train(run):
     """Every step from run.step on, the log and the checkpoints."""
     args, saved, began, logged = run.args, time.monotonic(), time.perf_counter(), run.step
     batches = spectrograms(run, iter(loader(run, clip_order(args, len(run.clips), run.step, args.steps))))
-    steps = range(run.step, args.steps)
-    for step in tqdm(steps, initial=run.step, total=args.steps, disable=RANK > 0 or None):  # None: if a tty
+    steps = range(run.step, args.steps)  # below, None hides the bar where there is no terminal
+    for step in tqdm(steps, initial=run.step, total=args.steps, disable=RANK > 0 or None):
         loss, norm, pooled, masked, stop = train_step(run, step, batches)
         run.step = step + 1
         if math.isfinite(norm):
