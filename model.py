@@ -186,6 +186,17 @@ class VisionTransformer(nn.Module):
         return self.norm(x)
 
 
+def frozen_encoder(config, weights):
+    """A VisionTransformer from a file that may lie about sizes. ValueError, RuntimeError: they do not fit."""
+    with torch.device("meta"):  # no memory, whatever size is claimed
+        network = VisionTransformer(config)
+    network.load_state_dict(weights, assign=True)
+    for name, tensor in network.state_dict().items():
+        if tensor.dtype != torch.float32 or not tensor.is_contiguous() or not tensor.isfinite().all():
+            raise ValueError(f"{name}: no plain tensor of finite fp32 numbers")
+    return network.requires_grad_(False).eval()
+
+
 class Predictor(nn.Module):
     """A narrower ViT that fills in the masked patches, g_pred of eq. (1).
 
@@ -327,14 +338,19 @@ def choose_amp(amp, device):
     return dict(bf16=torch.bfloat16, fp16=torch.float16).get(amp, torch.float32)
 
 
-def tune_cpu():
-    """Two process-wide settings that nearly halved a bf16 step of `tiny` on a CPU; no GPU depends on them."""
-    try:  # keep freed memory: else each large tensor is fetched from the kernel anew, and zeroed page by page
+def keep_freed_memory():
+    """On a CPU with glibc: else each large tensor is fetched from the kernel anew, and zeroed page by page."""
+    try:
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     except (OSError, AttributeError, TypeError):
         pass  # not glibc
+
+
+def tune_cpu():
+    """Two process-wide settings that nearly halved a bf16 step of `tiny` on a CPU; no GPU depends on them."""
+    keep_freed_memory()
     if not torch.cuda.is_available():  # the CPU's flash attention is slow at 128 tokens, above all backward
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
