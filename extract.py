@@ -9,8 +9,6 @@ A recording is cut into windows of 10 s, the last one filled with silence. A win
 B clips or windows, R rows of a window (columns, log-mel frames), K numbers in a row, D width, L tokens.
 """
 import argparse, collections, copy, itertools, json, math, os, shutil, sys, tempfile
-from contextlib import ExitStack
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -43,8 +41,7 @@ class AuthorsLogMel(LogMel):
 
     def forward(self, waveform):
         waveform = waveform / waveform.abs().amax(1, keepdim=True).clamp(min=1e-6)
-        lead = self.hop - (self.window_length // 2 - self.hop // 2)  # frame 1 then starts where the clip does
-        frames = self.frames(F.pad(waveform, (lead, 0)))[:, 1:256]
+        frames = self.frames(F.pad(waveform, (310, 0)))[:, 1:256]  # frame 1 then starts where the clip does
         return self.normalise(F.pad(frames, (0, 0, 0, 1)))
 
 
@@ -84,11 +81,9 @@ def read_encoder(path, which):
         bins = [log_mel.config[name] - getattr(config, name) for name in ("time_bins", "mel_bins")]
         if any(bins) or not (abs(log_mel.mean) < 1e6 and log_mel.std > 1e-6):
             raise ValueError(f"a front end of {front_end}")
-        network = frozen_encoder(config, checkpoint[f"{which}_encoder"])
-        return network, log_mel, int(checkpoint["step"])
+        return frozen_encoder(config, checkpoint[f"{which}_encoder"]), log_mel, int(checkpoint["step"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"{path}: refused, {reason:.200}") from None
+        raise ValueError(f"{path}: refused, {' '.join(repr(error).split()):.200}") from None
 
 
 class AudioJEPAEncoder(nn.Module):
@@ -137,7 +132,7 @@ def load_encoder(path, bands="concat", which="target"):
 
 class Windows(IterableDataset):
     """The windows of recordings, each loader worker with recordings of its own: (recording, samples of sound,
-    waveform [window], what ends the recording here: "" nothing, "end", or the reason why it cannot be used)."""
+    waveform [window], what ends the recording here: "" nothing, "end", or why it cannot be used)."""
 
     def __init__(self, files, recordings, window):
         self.files, self.recordings, self.window = files, recordings, window
@@ -157,16 +152,16 @@ class Windows(IterableDataset):
 def embed(args, clips, encoder, views_of, count, pool, folder):
     """All recordings, shared between the processes, through `views_of`: spectrogram [B, 1, T, F] -> `count`
     views of it, each rows [B, R, K]. Of a recording, the rows that hold sound, or with `pool` "clip" their
-    mean, go to a file of the view. -> on the first process {recording: (seconds, [np.memmap's arguments for
-    its rows in each view])}, in order; on the others None. ValueError at a recording that cannot be used,
-    unless --skip-bad."""
+    mean, go to a file of the view. -> {recording: (seconds, [np.memmap's arguments for its rows in each
+    view])}, in order, on the first process; the others end here. ValueError at a recording that cannot be
+    used, unless --skip-bad."""
     mine, device = range(RANK, len(clips), WORLD), encoder.log_mel.window.device
     batches = DataLoader(Windows(clips.source, mine, encoder.window), args.batch_size,
                          num_workers=args.workers, pin_memory=device.type == "cuda")
     found, pending, samples = {}, collections.defaultdict(list), collections.Counter()
-    folder.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=len(mine), unit=" recordings", disable=RANK > 0 or None) as bar, ExitStack() as stack:
-        files = [stack.enter_context(open(folder / f"{view}-{RANK}", "wb")) for view in range(count)]
+    os.makedirs(folder, exist_ok=True)
+    with tqdm(total=len(mine), unit=" recordings", disable=RANK > 0 or None) as bar:
+        files = [open(f"{folder}/{view}-{RANK}", "wb") for view in range(count)]
         for recordings, sounds, waveform, ends in batches:
             spectrogram = encoder.log_mel(waveform.to(device, non_blocking=True))
             views = [rows.cpu().numpy() for rows in views_of(spectrogram)]
@@ -188,45 +183,40 @@ def embed(args, clips, encoder, views_of, count, pool, folder):
                 for rows, file in zip(map(np.concatenate, parts), files):
                     rows = rows.mean(0, keepdims=True) if pool == "clip" else rows
                     found[i][1].append((file.name, np.float32, "r", file.tell(), rows.shape))
-                    file.write(rows)
+                    rows.tofile(file)
     everyone = [found] * WORLD
     if WORLD > 1:
         dist.all_gather_object(everyone, found)
     if not (merged := collections.ChainMap(*everyone)):
         raise ValueError(f"{args.data}: none of {len(clips)} recordings can be used")
-    return None if RANK else {i: merged[i] for i in sorted(merged)}
+    return {i: merged[i] for i in sorted(merged)} if RANK == 0 else sys.exit()
 
 
 def save_embeddings(args, clips, encoder, folder):
     """`--out`: the .npz, written beside it, from disk to disk, and renamed."""
     found = embed(args, clips, encoder, lambda x: [encoder.columns(x)], 1, args.pool, folder)
-    if found is None:
-        return
     seconds, places = zip(*((seconds, place) for seconds, (place,) in found.values()))
     offsets = np.cumsum([0, *(shape[0] for *_, shape in places)])
-    embeddings = np.memmap(folder / "rows", np.float32, "w+", shape=(int(offsets[-1]), encoder.output_dim))
+    embeddings = np.memmap(f"{folder}/rows", np.float32, "w+", shape=(int(offsets[-1]), encoder.output_dim))
     for first, last, place in zip(offsets, offsets[1:], places):
         embeddings[first:last] = np.memmap(*place)
     config = dict(model=vars(encoder.network.config), log_mel=encoder.log_mel.config, bands=args.bands,
                   pool=args.pool, encoder=args.encoder)
-    with open(folder / "npz", "wb") as file:
+    with open(f"{folder}/npz", "wb") as file:
         np.savez(file, embeddings=embeddings, offsets=offsets, paths=[clips.name(i) for i in found],
                  seconds=seconds, sample_rate=encoder.sampling_rate, hop_ms=encoder.hop_size_in_ms,
                  step=encoder.step, config=json.dumps(config))
         file.flush()
         os.fsync(file.fileno())
-    os.replace(folder / "npz", args.out)
-    print(f"{args.out}: {len(found)} of {len(clips)} recordings, {sum(seconds) / 3600:.2f} h, "
-          f"embeddings {list(embeddings.shape)}")
+    os.replace(f"{folder}/npz", args.out)
+    print(f"{args.out}: {len(found)} of {len(clips)} recordings, embeddings {list(embeddings.shape)}")
 
 
 def knn(probe, embeddings, labels, classes, train, test):
     """Accuracy of the vote of the 10 nearest training clips by cosine, each weighing exp(similarity / 0.07).
-
     "knn": every dimension standardised on the training split. "xares-knn": what X-ARES 0.1.3 computes, and so
-    the paper's Table III. It normalises the training matrix along the wrong axis, each feature over the clips
-    instead of each clip, so that clips of large norm win.
-    """
+    the paper's Table III: it normalises each feature over the training clips, where it should have been each
+    clip over the features, so that clips of large norm win."""
     if probe == "knn":
         std, mean = torch.std_mean(embeddings[train], 0, correction=0)
         embeddings = (embeddings - mean) / torch.where(std > 1e-6, std, 1.0)
@@ -240,44 +230,45 @@ def knn(probe, embeddings, labels, classes, train, test):
 
 
 class Probe(nn.Module):
-    """LayerNorm, one learned query that attends over the tokens, Linear: (tokens [B, L, K], held [B, L]) ->
-    [B, classes]. Given the pooled embedding as the only token, it is X-ARES's linear probe."""
+    """LayerNorm, Linear: (tokens [B, L, K], padding [B, L]) -> [B, classes]. Of the only token, the pooled
+    embedding, as X-ARES has it; or, `attentive`, of what one learned query draws, in 8 heads, out of all."""
 
-    def __init__(self, width, classes):
+    def __init__(self, width, classes, attentive):
         super().__init__()
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
-        self.query = nn.Parameter(torch.zeros(width))  # starts as the mean of the tokens
+        self.query, heads = nn.Parameter(0.02 * torch.randn(1, width)), math.gcd(8, width)
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True) if attentive else None
 
-    def forward(self, tokens, held):
+    def forward(self, tokens, padding):
         tokens = self.norm(tokens)
-        scores = (tokens @ self.query / math.sqrt(len(self.query))).masked_fill(~held, -math.inf)  # [B, L]
-        return self.head((scores.softmax(1).unsqueeze(-1) * tokens).sum(1))
+        if self.attention is not None:
+            tokens, _ = self.attention(self.query.expand(len(tokens), 1, -1), tokens, tokens, padding)
+        return self.head(tokens[:, 0])
 
 
-def train_probe(tokens_of, labels, classes, train, valid, test, device):
+def train_probe(tokens_of, attentive, labels, classes, train, valid, test):
     """Accuracy on `test` of a Probe on tokens_of(clip) [L, K], after the epoch that is best on `valid`, or on
     a tenth of `train`. 10 epochs, batch 32, Adam, the rate on a cosine from 1e-3 to a tenth, as X-ARES."""
     torch.manual_seed(0)
-    probe = Probe(tokens_of(0).shape[1], classes).to(device)
+    probe = Probe(tokens_of(0).shape[1], classes, attentive).to(device := choose_device())
     optimizer, best, accuracy = torch.optim.Adam(probe.parameters()), -1.0, 0.0
     if not len(valid):
         tenth = deal(labels[train], 10) == 0
         train, valid = train[~tenth], train[tenth]
 
     def logits(part):
-        tokens = [torch.from_numpy(tokens_of(clip)) for clip in part.tolist()]
+        tokens = [torch.tensor(tokens_of(clip)) for clip in part.tolist()]
         lengths = torch.tensor([len(rows) for rows in tokens])
-        held = torch.arange(max(lengths)) < lengths.unsqueeze(1)
-        return probe(pad_sequence(tokens, True).to(device), held.to(device)).cpu()
+        padding = torch.arange(max(lengths)) >= lengths.unsqueeze(1)
+        return probe(pad_sequence(tokens, True).to(device), padding.to(device)).cpu()
 
     @torch.no_grad()
     def score(split):
-        right = [logits(part).argmax(1) == labels[part] for part in split.split(32)]
-        return torch.cat(right).double().mean().item()
+        right = [(logits(part).argmax(1) == labels[part]).sum().item() for part in split.split(32)]
+        return sum(right) / len(split)
 
     for epoch in range(10):
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * (0.55 + 0.45 * math.cos(math.pi * epoch / 10))
+        optimizer.param_groups[0]["lr"] = 1e-3 * (0.55 + 0.45 * math.cos(math.pi * epoch / 10))
         for part in train[torch.randperm(len(train))].split(32):
             F.cross_entropy(logits(part), labels[part]).backward()
             optimizer.step()
@@ -292,30 +283,29 @@ def deal(labels, folds):
     fold, rng = torch.zeros_like(labels), torch.Generator().manual_seed(0)
     for label in labels.unique():
         mine = (labels == label).nonzero().flatten()
-        fold[mine[torch.randperm(len(mine), generator=rng)]] = torch.arange(len(mine)) % folds
+        fold[mine] = torch.randperm(len(mine), generator=rng) % folds
     return fold
 
 
 def read_task(args, names):
-    """Paths SPLIT/LABEL/... or LABEL/... -> (class of each, number of classes, [(train, valid, test)], these
-    as indices). ValueError if the folders are neither."""
+    """Paths SPLIT/LABEL/... or LABEL/... -> (class of each, [(train, valid, test)], these as indices).
+    ValueError if the folders are neither."""
     folders, indices = [name.split("/")[:-1] for name in names], torch.arange(len(names))
     split = np.array([folder[0] if folder else "" for folder in folders])
     has_splits = {"train", "test"} <= set(split) <= {"train", "valid", "test"}
     if min(map(len, folders)) < 1 + has_splits or has_splits and args.folds:
         raise ValueError(f"{args.data}: neither train/LABEL/* and test/LABEL/*, nor LABEL/* (for --folds)")
-    classes, labels = np.unique([folder[has_splits] for folder in folders], return_inverse=True)
-    labels = torch.from_numpy(labels)
+    labels = torch.from_numpy(np.unique([folder[has_splits] for folder in folders], return_inverse=True)[1])
     if has_splits:
-        return labels, len(classes), [[indices[split == name] for name in ("train", "valid", "test")]]
-    fold = deal(labels, args.folds or 5)
-    splits = [[indices[fold != n], indices[:0], indices[fold == n]] for n in range(args.folds or 1)]
-    return labels, len(classes), splits  # without --folds, one: a fifth is the test
+        return labels, [[indices[split == name] for name in ("train", "valid", "test")]]
+    fold = deal(labels, args.folds or 5)  # without --folds, the first of five
+    return labels, [[indices[fold != n], indices[:0], indices[fold == n]] for n in range(args.folds or 1)]
 
 
 def run_probes(args, clips, encoder, folder):
     """`--probe`: the accuracies of this encoder, and of the baselines that it has to beat."""
     read_task(args, [clips.name(i) for i in range(len(clips))])  # may refuse: better now than in the end
+    encoder.bands = "concat"
     torch.manual_seed(0)
     untrained, config = copy.deepcopy(encoder), encoder.network.config
     untrained.network = VisionTransformer(config).to(encoder.log_mel.window)
@@ -329,10 +319,8 @@ def run_probes(args, clips, encoder, folder):
         return [*views, torch.cat([spectrogram, spectrogram.square()], 3)[:, 0]]  # moments of each mel band
     pool = "time" if "attentive" in args.probe else "clip"
     found = embed(args, clips, encoder, views_of, len(widths), pool, folder)
-    if found is None:
-        return
-    labels, classes, splits = read_task(args, [clips.name(i) for i in found])
-    places, table, device = [places for _, places in found.values()], {}, encoder.log_mel.window.device
+    labels, splits = read_task(args, [clips.name(i) for i in found])
+    places, classes, table = [places for _, places in found.values()], 1 + int(labels.max()), {}
     for n, (view, width) in enumerate(widths.items()):
         pooled = np.stack([np.memmap(*place[n]).mean(0) for place in places])  # [clips, K]
         if view == "log-mel":
@@ -341,16 +329,15 @@ def run_probes(args, clips, encoder, folder):
         tokens_of = dict(linear=lambda clip: pooled[clip : clip + 1],
                          attentive=lambda clip: np.memmap(*places[clip][n]).reshape(-1, width))
         table[view] = {probe: float(np.mean([
-            train_probe(tokens_of[probe], labels, classes, *split, device) if probe in tokens_of else
-            knn(probe, torch.from_numpy(pooled), labels, classes, split[0], split[2]) for split in splits]))
-            for probe in args.probe}
-    about = dict(data=args.data, checkpoint=args.checkpoint, step=encoder.step, encoder=args.encoder,
-                 clips=len(labels), classes=classes, folds=len(splits), train=len(splits[0][0]),
-                 valid=len(splits[0][1]), test=len(splits[0][2]))
+            knn(probe, torch.from_numpy(pooled), labels, classes, train, test) if probe not in tokens_of else
+            train_probe(tokens_of[probe], probe == "attentive", labels, classes, train, valid, test)
+            for train, valid, test in splits])) for probe in args.probe}
+    sizes = dict(zip(("train", "valid", "test"), map(len, splits[0])), classes=classes, folds=len(splits))
+    about = dict(data=args.data, checkpoint=args.checkpoint, step=encoder.step, encoder=args.encoder, **sizes)
     print("  ".join(f"{name} {value}" for name, value in about.items()))
-    print(" " * 22 + "".join(f"{probe:>11}" for probe in args.probe))
+    print(" " * 22, *(f"{probe:>11}" for probe in args.probe))
     for view, row in table.items():
-        print(f"{view:22}" + "".join(f"{accuracy:11.3f}" for accuracy in row.values()))
+        print(f"{view:22}", *(f"{accuracy:11.3f}" for accuracy in row.values()))
     if args.json:
         write_atomically(args.json, json.dumps(dict(about, accuracy=table)).encode())
 
@@ -390,14 +377,13 @@ def parse_args(argv):
 def main(argv=None):
     keep_freed_memory()
     args = parse_args(argv)
-    folder = Path(f"{args.out}.parts" if args.out else f"{tempfile.gettempdir()}/probe-{os.getppid()}")
+    scratch = f"probe-{os.getppid() if WORLD > 1 else os.getpid()}"  # all processes name it alike
+    folder = f"{args.out}.parts" if args.out else os.path.join(tempfile.gettempdir(), scratch)
     try:
-        device = choose_device()
         if WORLD > 1:
             torch.set_num_threads(CORES)
             dist.init_process_group("gloo")
-        bands = "concat" if args.probe else args.bands
-        encoder = load_encoder(args.checkpoint, bands, args.encoder).to(device)
+        encoder = load_encoder(args.checkpoint, args.bands, args.encoder).to(choose_device())
         encoder.amp = args.amp
         clips = AudioClips(args.data, encoder.sampling_rate)
         if clips.packed:

@@ -7,12 +7,15 @@ model.py    sizes, positions, initialisation, what each network sees, the loss, 
 masking.py  random and block masks, their reproducibility, the EMA and its schedule
 data.py     log-mel against Kaldi, every kind of input, clips, windows, filling up, bad files, packing
 train.py    schedules, monitors; one process = several = accumulation = resume; faults; bad input
+extract.py  embeddings whatever the batching, probes, X-ARES, the authors' checkpoint, hostile files
 """
 
 import csv
 import dataclasses
+import functools
 import io
 import itertools
+import json
 import math
 import os
 import pickle
@@ -32,6 +35,7 @@ import torch
 import torch.nn.functional as F
 
 import data
+import extract
 import masking
 import model
 import train
@@ -1157,6 +1161,463 @@ def test_the_benchmark_measures_and_writes_nothing(tmp_path, capsys, monkeypatch
         word in printed for word in ("reading", "log-mel", "step alone", "all together", "TFLOP/s", "GiB")
     )
     assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------- extract.py
+
+
+def store_encoders(path, config, log_mel):
+    """A checkpoint without a run: two encoders that differ."""
+    weights = {f"{which}_encoder": VisionTransformer(config).state_dict() for which in ("target", "context")}
+    stored = dict(
+        config=dict(model=vars(config), log_mel=log_mel.config), step=3, format=model.CHECKPOINT_FORMAT
+    )
+    torch.save(weights | stored, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def encoder_file(tmp_path_factory):
+    """1.25 s clips, a grid of 2 x 8."""
+    config = JEPAConfig(time_bins=32, dim=32, depth=2, heads=2)
+    log_mel = data.LogMel(32000, 1.25, 32, mean=-7.0, std=4.0)
+    return store_encoders(tmp_path_factory.mktemp("small") / "last.pt", config, log_mel)
+
+
+@pytest.fixture(scope="module")
+def paper_file(tmp_path_factory):
+    """The paper's grid, 16 x 8."""
+    config = JEPAConfig(dim=64, depth=2, heads=1)
+    return store_encoders(
+        tmp_path_factory.mktemp("paper") / "last.pt", config, data.LogMel(mean=-7.0, std=4.0)
+    )
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory):
+    """Of all lengths: shorter than a hop, exactly a window, several; mono and not, at three rates."""
+    folder = tmp_path_factory.mktemp("recordings")
+    for n, (seconds, rate, channels) in enumerate(
+        [(0.03, 32000, 1), (1.25, 32000, 1), (4.0, 44100, 2), (0.7, 8000, 1), (2.5, 32000, 1), (3.1, 8000, 2)]
+    ):
+        sound = np.stack([noise(seconds, rate, seed=n + c) for c in range(channels)], 1)
+        soundfile.write(folder / f"{n}.wav", sound, rate)
+    return folder
+
+
+def embeddings(checkpoint, path, out, *flags):
+    extract.main(list(map(str, [checkpoint, path, "--out", out, "--workers", 0, *flags])))
+    with np.load(out) as file:
+        return dict(file)
+
+
+def refused(capsys, *flags):
+    """The one line that extract.py says before it exits with code 2."""
+    with pytest.raises(SystemExit) as stopped:
+        extract.main([*map(str, flags), "--workers", "0"])
+    assert stopped.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_checkpoint_of_a_run_is_read(reference, tmp_path):
+    torch.save(reference[0], tmp_path / "last.pt")
+    encoder = extract.load_encoder(tmp_path / "last.pt")
+    assert encoder.step == 20 and encoder(torch.randn(3, 50000)).shape == (3, 3, 8 * 192)
+
+
+def test_embeddings_have_one_row_a_recording_in_sorted_order(encoder_file, recordings, tmp_path):
+    made = embeddings(encoder_file, recordings, tmp_path / "e.npz")
+    assert made["embeddings"].shape == (6, 8 * 32) and made["embeddings"].dtype == np.float32
+    assert list(made["paths"]) == [f"{n}.wav" for n in range(6)]
+    assert made["seconds"] == pytest.approx([0.03, 1.25, 4.0, 0.7, 2.5, 3.1], abs=1e-4)
+    assert (made["sample_rate"], made["hop_ms"], made["step"]) == (32000, 625.0, 3)
+    config = json.loads(str(made["config"]))
+    assert config["model"]["dim"] == 32 and config["log_mel"]["clip_seconds"] == 1.25
+    assert [path.name for path in tmp_path.iterdir()] == ["e.npz"]  # nothing else stays
+
+
+@pytest.mark.parametrize(
+    "flags", [["--batch-size", 1], ["--batch-size", 5, "--workers", 2], ["--workers", 3]]
+)
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_embeddings_depend_on_neither_batching_nor_workers(encoder_file, recordings, tmp_path, flags, amp):
+    one = embeddings(encoder_file, recordings, tmp_path / "a.npz", "--amp", amp)
+    other = embeddings(encoder_file, recordings, tmp_path / "b.npz", "--amp", amp, *flags)
+    assert np.abs(one["embeddings"] - other["embeddings"]).max() < 1e-5
+
+
+def test_embeddings_do_not_depend_on_company(encoder_file, recordings, tmp_path):
+    together = embeddings(encoder_file, recordings, tmp_path / "a.npz")["embeddings"]
+    for n in range(6):
+        alone = embeddings(encoder_file, recordings / f"{n}.wav", tmp_path / "b.npz")["embeddings"]
+        assert np.abs(together[n] - alone[0]).max() < 1e-5
+
+
+def test_two_processes_write_the_same_embeddings(encoder_file, recordings, tmp_path):
+    flags = ["extract.py", encoder_file, recordings, "--pool", "time", "--out"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    assert run_cli(*flags, tmp_path / "1.npz").returncode == 0
+    assert run_cli(*torchrun, *flags, tmp_path / "2.npz").returncode == 0
+    with np.load(tmp_path / "1.npz") as one, np.load(tmp_path / "2.npz") as two:
+        assert set(two) == set(one) and all(
+            (two[name] == one[name]).all() for name in set(one) - {"embeddings"}
+        )
+        assert np.abs(two["embeddings"] - one["embeddings"]).max() < 1e-5
+
+
+def test_rows_in_time_lie_between_offsets_and_their_mean_is_the_clips(encoder_file, recordings, tmp_path):
+    time = embeddings(encoder_file, recordings, tmp_path / "t.npz", "--pool", "time")
+    clip = embeddings(encoder_file, recordings, tmp_path / "c.npz")["embeddings"]
+    rows = np.diff(time["offsets"])
+    assert list(rows) == [math.ceil(seconds / 0.625 - 1e-6) for seconds in time["seconds"]]
+    for n, (first, last) in enumerate(zip(time["offsets"], time["offsets"][1:])):
+        assert np.abs(time["embeddings"][first:last].mean(0) - clip[n]).max() < 1e-5
+
+
+def test_the_mean_of_the_bands_is_the_mean_of_their_concatenation(encoder_file, recordings, tmp_path):
+    concat = embeddings(encoder_file, recordings, tmp_path / "c.npz")["embeddings"]
+    mean = embeddings(encoder_file, recordings, tmp_path / "m.npz", "--bands", "mean")["embeddings"]
+    assert mean.shape == (6, 32) and np.abs(concat.reshape(6, 8, 32).mean(1) - mean).max() < 1e-5
+
+
+@pytest.mark.parametrize("which", ["target", "context"])
+def test_the_encoder_that_is_asked_for_sees_padded_windows(encoder_file, tmp_path, which):
+    """One recording, done by hand."""
+    soundfile.write(tmp_path / "a.wav", tone(1.9), 32000, subtype="FLOAT")
+    checkpoint = torch.load(encoder_file, weights_only=True)
+    network = VisionTransformer(JEPAConfig(**checkpoint["config"]["model"]))
+    network.load_state_dict(checkpoint[f"{which}_encoder"])
+    windows = F.pad(torch.from_numpy(tone(1.9)), (0, 80000 - 60800)).view(2, 40000)
+    with torch.no_grad():
+        tokens = network(data.LogMel(**checkpoint["config"]["log_mel"])(windows))  # [2, 16, D]
+    wanted = tokens.view(4, 8, 32).flatten(1).mean(0)  # 1.9 s reach into all four columns
+    made = embeddings(encoder_file, tmp_path, tmp_path / "e.npz", "--encoder", which, "--amp", "off")
+    assert np.abs(made["embeddings"][0] - wanted.numpy()).max() < 1e-4
+
+
+def test_a_bad_recording_stops_with_its_name_or_is_left_out(encoder_file, recordings, tmp_path, capsys):
+    folder = tmp_path / "some"
+    shutil.copytree(recordings, folder)
+    sound = tone(6)
+    sound[-100] = np.nan  # in the last of five windows: the others must go as well
+    soundfile.write(folder / "3b.wav", sound, 32000, subtype="FLOAT")
+    (folder / "9\n9.wav").write_text("no sound")
+    line = refused(capsys, encoder_file, folder, "--out", tmp_path / "e.npz")
+    assert "3b.wav" in line and "NaN" in line and not (tmp_path / "e.npz").exists()
+    assert list(tmp_path.iterdir()) == [folder]
+    made = embeddings(encoder_file, folder, tmp_path / "e.npz", "--skip-bad")
+    assert list(made["paths"]) == [f"{n}.wav" for n in range(6)] and np.isfinite(made["embeddings"]).all()
+    assert len([line for line in capsys.readouterr().err.splitlines() if "left out" in line]) == 2
+    whole = embeddings(encoder_file, recordings, tmp_path / "w.npz")
+    assert np.abs(made["embeddings"] - whole["embeddings"]).max() < 1e-5
+
+
+def test_names_of_any_bytes_come_back(encoder_file, tmp_path):
+    for name in (b"a b.wav", b"c\nd.wav", b"\xff\xfe.wav"):
+        soundfile.write(os.fsencode(tmp_path) + b"/" + name, tone(0.5), 32000, format="WAV")
+    made = embeddings(encoder_file, tmp_path, tmp_path / "e.npz")
+    assert {os.fsencode(str(path)) for path in made["paths"]} == {b"a b.wav", b"c\nd.wav", b"\xff\xfe.wav"}
+
+
+def knn_in_numpy(x, y, train, test):
+    x = (x - x[train].mean(0)) / x[train].std(0)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    similarity = x[test] @ x[train].T
+    nearest = np.argsort(-similarity, 1)[:, :10]
+    weights = np.exp(np.take_along_axis(similarity, nearest, 1) / 0.07)
+    votes = [[w[y[train][n] == c].sum() for c in range(y.max() + 1)] for w, n in zip(weights, nearest)]
+    return (np.argmax(votes, 1) == y[test]).mean()
+
+
+def labelled(separation, clips=200, width=16, classes=4):
+    rng = np.random.default_rng(0)
+    y = np.arange(clips) % classes
+    x = rng.standard_normal((clips, width)) + separation * rng.standard_normal((classes, width))[y]
+    split = torch.arange(clips).split([clips - 80, 40, 40])
+    return torch.from_numpy(x).float(), torch.from_numpy(y), split
+
+
+def test_knn_is_six_lines_of_numpy():
+    x, y, (train, valid, test) = labelled(0.5)
+    ours = extract.knn("knn", x, y, 4, train, test)
+    assert 0.3 < ours < 0.95 and ours == knn_in_numpy(x.double().numpy(), y.numpy(), train, test)
+
+
+def test_knn_does_not_care_for_the_scale_of_a_dimension_or_of_a_clip_and_xares_does():
+    x, y, (train, valid, test) = labelled(2.0)
+    assert extract.knn("knn", x * torch.logspace(-2, 3, 16) + 7, y, 4, train, test) == extract.knn(
+        "knn", x, y, 4, train, test
+    )
+    loud = x.clone()
+    loud[y == 2] *= 100  # class 2 wins wherever a direction is shared
+    assert (
+        extract.knn("xares-knn", loud, y, 4, train, test)
+        < 0.6
+        < extract.knn("xares-knn", x, y, 4, train, test)
+    )
+
+
+def test_xares_knn_is_its_formula():
+    x, y, (train, valid, test) = labelled(0.5)
+    close, nearest = (F.normalize(x[test], dim=1) @ F.normalize(x[train].T, dim=1)).topk(10)
+    scores = (F.one_hot(y[train][nearest], 4) * (close / 0.07).softmax(1).unsqueeze(-1)).sum(1)
+    assert extract.knn("xares-knn", x, y, 4, train, test) == (scores.argmax(1) == y[test]).sum().item() / len(
+        test
+    )
+
+
+@pytest.mark.parametrize("attentive", [False, True])
+def test_a_probe_finds_what_is_there_and_nothing_that_is_not(attentive):
+    x, y, split = labelled(1.0, clips=400, width=256)
+    if attentive:  # the clip's vector is one of five tokens, the others are noise
+        others = torch.randn(len(x), 4, x.shape[1])
+        rows = torch.cat([x.unsqueeze(1), others], 1).numpy()
+    else:
+        rows = x.unsqueeze(1).numpy()
+    shuffled = y[torch.randperm(len(y))]
+    assert extract.train_probe(rows.__getitem__, attentive, y, 4, *split) >= (0.9 if attentive else 1.0)
+    assert extract.train_probe(rows.__getitem__, attentive, shuffled, 4, *split) < 0.5
+
+
+def test_the_attentive_probe_ignores_padding():
+    probe = extract.Probe(16, 3, attentive=True)
+    tokens, padding = torch.randn(2, 5, 16), torch.tensor([[False] * 5, [False, False, True, True, True]])
+    changed = torch.where(padding.unsqueeze(-1), 1e3, tokens)
+    assert torch.allclose(probe(tokens, padding), probe(changed, padding), atol=1e-5)
+    assert torch.allclose(probe(tokens, padding)[1:], probe(tokens[1:, :2], padding[1:, :2]), atol=1e-5)
+
+
+def notes(folder, clips, splits):
+    """A task: which of three pitches."""
+    for split in splits:
+        for label, hertz in (("low", 200), ("mid", 1500), ("high", 6000)):
+            (folder / split / label).mkdir(parents=True)
+            for n in range(clips):
+                sound = tone(0.6, hertz=hertz * (1 + 0.01 * n)) + noise(0.6, seed=n) / 30
+                soundfile.write(folder / split / label / f"{n}.wav", sound, 32000)
+    return folder
+
+
+PROBES = ["--probe", "knn", "xares-knn", "linear", "attentive"]
+
+
+@pytest.mark.parametrize("splits", [("train", "test"), ("train", "valid", "test")])
+def test_probes_print_and_write_a_table_with_baselines(encoder_file, tmp_path, capsys, splits):
+    task = notes(tmp_path / "task", 4, splits)
+    flags = [encoder_file, task, *PROBES, "--json", tmp_path / "t.json", "--workers", 0]
+    extract.main(list(map(str, flags)))
+    printed, table = capsys.readouterr().out, json.loads((tmp_path / "t.json").read_text())
+    assert (table["classes"], table["train"], table["test"], table["step"]) == (3, 12, 12, 3)
+    assert table["valid"] == (12 if "valid" in splits else 0)
+    views = ["this encoder, concat", "this encoder, mean", "untrained, concat", "untrained, mean", "log-mel"]
+    assert list(table["accuracy"]) == views and all(view in printed for view in views)
+    for row in table["accuracy"].values():
+        assert list(row) == PROBES[1:] and all(0 <= accuracy <= 1 for accuracy in row.values())
+    assert table["accuracy"]["log-mel"]["knn"] == table["accuracy"]["this encoder, concat"]["knn"] == 1.0
+
+
+def test_the_log_mel_baseline_is_mean_and_std_over_frames_that_hold_sound(
+    encoder_file, tmp_path, monkeypatch
+):
+    task, seen = notes(tmp_path, 1, ("train", "test")), []
+    monkeypatch.setattr(extract, "knn", lambda probe, x, *_: seen.append(x) or 0.0)
+    extract.main([str(encoder_file), str(task), "--probe", "knn", "--workers", "0"])
+    sound, _ = soundfile.read(task / "test" / "high" / "0.wav", dtype="float32")
+    log_mel = data.LogMel(**torch.load(encoder_file, weights_only=True)["config"]["log_mel"])
+    frames = log_mel(F.pad(torch.from_numpy(sound), (0, 40000 - len(sound)))[None])[
+        0, 0, : math.ceil(len(sound) / 1250)
+    ]
+    wanted = torch.cat([frames.mean(0), frames.std(0, correction=0)])
+    assert torch.allclose(seen[-1][0], wanted, atol=1e-3)
+
+
+def test_folds_test_every_clip_once_with_all_classes_in_each():
+    names = [f"{label}/{n}.wav" for label in "abc" for n in range(10)]
+    labels, splits = extract.read_task(SimpleNamespace(data="x", folds=5), names)
+    assert sorted(torch.cat([test for _, _, test in splits]).tolist()) == list(range(30))
+    for train, valid, test in splits:
+        assert (
+            not set(train.tolist()) & set(test.tolist()) and len(valid) == 0 and len(train) + len(test) == 30
+        )
+        assert labels[test].bincount().tolist() == [2, 2, 2]
+    assert len(extract.read_task(SimpleNamespace(data="x", folds=None), names)[1]) == 1
+
+
+def test_folders_that_are_no_task_are_refused(encoder_file, tmp_path, capsys):
+    corpus(tmp_path / "flat", 3, 0.5)
+    assert "LABEL" in refused(capsys, encoder_file, tmp_path / "flat", "--probe", "knn")
+    notes(tmp_path / "task", 1, ("train", "test"))
+    assert "LABEL" in refused(capsys, encoder_file, tmp_path / "task", "--probe", "knn", "--folds", 2)
+
+
+def test_the_xares_contract(paper_file, monkeypatch):
+    assert [name for name in dir(extract) if name.endswith("Encoder")] == ["AudioJEPAEncoder"]
+    monkeypatch.setenv("AUDIO_JEPA_CHECKPOINT", str(paper_file))
+    for bands, width in (("concat", 512), ("mean", 64)):
+        monkeypatch.setenv("AUDIO_JEPA_BANDS", bands)
+        encoder = extract.AudioJEPAEncoder()
+        assert (encoder.sampling_rate, encoder.hop_size_in_ms, encoder.output_dim) == (32000, 625.0, width)
+        for samples, rows in ((1000, 1), (50000, 3), (320000, 16), (320001, 17), (600 * 32000, 960)):
+            with torch.inference_mode():
+                made = encoder(torch.randn(2 if samples < 10**6 else 1, samples))
+            assert made.shape[1:] == (rows, width) and made.dtype == torch.float32 and made.isfinite().all()
+
+
+def test_the_encoder_travels_to_a_spawned_process(paper_file):
+    encoder, waveform = extract.load_encoder(paper_file), torch.randn(1, 50000)
+    encoder.amp = "off"  # that process may choose another bf16 attention
+    with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
+        made = pool.apply(encoder, (waveform,))
+    assert torch.allclose(made, encoder(waveform), atol=1e-5)
+
+
+def test_the_encoder_takes_waveforms_only(paper_file):
+    encoder = extract.load_encoder(paper_file)
+    for wrong in (
+        torch.zeros(50000),
+        torch.zeros(1, 0),
+        torch.zeros(1, 1, 50000),
+        torch.zeros(1, 5, dtype=torch.int16),
+    ):
+        with pytest.raises(ValueError, match="waveform"):
+            encoder(wrong)
+
+
+def test_the_encoder_names_what_is_missing(paper_file, monkeypatch):
+    monkeypatch.delenv("AUDIO_JEPA_CHECKPOINT", raising=False)
+    with pytest.raises(ValueError, match="AUDIO_JEPA_CHECKPOINT"):
+        extract.AudioJEPAEncoder()
+    with pytest.raises(ValueError, match="bands"):
+        extract.load_encoder(paper_file, bands="all")
+
+
+class Unknown:
+    """What a Lightning file pickles besides tensors: objects of classes that are not here."""
+
+    def __init__(self):
+        self.state = {"lr": 1.0}
+
+
+def authors_file(path, ours, extra=None):
+    """A stand-in for the authors' checkpoint: our weights under their names."""
+    theirs = {"predictor.mask_token": torch.zeros(1, 1, 8)}
+    for prefix, which in (("target_encoder.", "target_encoder"), ("encoder._orig_mod.", "context_encoder")):
+        for name, tensor in ours[which].items():
+            if name == "patch_embed.weight":
+                tensor = tensor.view(-1, 1, 16, 16)
+            name = name.replace("patch_embed", "patch_embed.proj")
+            name = name.replace("attn.qkv", "attn.Wqkv").replace("attn.proj", "attn.out_proj")
+            theirs[prefix + name] = tensor[None] if name == "pos_embed" else tensor
+    torch.save({"state_dict": theirs, "global_step": 100000, "hyper_parameters": extra}, path)
+    return path
+
+
+@pytest.mark.parametrize("which", ["target", "context"])
+def test_the_authors_checkpoint_gives_the_same_embeddings(paper_file, tmp_path, which):
+    ours = torch.load(paper_file, weights_only=True)
+    parts = {"optimizer": functools.partial(torch.optim.AdamW, lr=1e-3), "callback": Unknown()}
+    theirs = extract.load_encoder(authors_file(tmp_path / "their.ckpt", ours, parts), which=which)
+    assert theirs.step == 100000 and theirs.output_dim == 512
+    own = extract.load_encoder(paper_file, which=which)
+    own.log_mel = extract.AuthorsLogMel()  # the same front end: then only the weights' names differ
+    waveform = torch.from_numpy(noise(3))[None]
+    assert torch.equal(theirs(waveform), own(waveform))
+
+
+def test_the_authors_front_end_is_kaldis_without_edges():
+    from torchaudio.compliance import kaldi
+
+    waveform = torch.from_numpy(noise(10) + tone(10))[None]
+    frames = kaldi.fbank(waveform / waveform.abs().max(), sample_frequency=32000, num_mel_bins=128, frame_shift=1243 / 32,
+                         frame_length=3108 / 32, dither=0.0, window_type="hanning", low_freq=20)  # fmt: skip
+    ours = extract.AuthorsLogMel()(waveform)
+    assert len(frames) == 255 and ours.shape == (1, 1, 256, 128)
+    assert (ours[0, 0, :255] - frames).abs().max() < 1e-3 and (ours[0, 0, 255] == 0).all()
+    assert extract.AuthorsLogMel()(torch.zeros(1, 320000)).isfinite().all()
+
+
+def test_our_positions_are_the_authors():
+    """Theirs: meshgrid(mel_index, time_index), and the first half of the width from the mel index."""
+    mel, time = np.meshgrid(np.arange(8), np.arange(16))
+    frequencies = 1 / 10000 ** (np.arange(192) / 192)
+    halves = [axis.reshape(-1, 1) * frequencies for axis in (mel, time)]
+    theirs = np.concatenate([f(half) for half in halves for f in (np.sin, np.cos)], 1)
+    assert np.abs(model.sincos_positions(768, (16, 8)).numpy() - theirs).max() < 1e-6
+
+
+def test_a_hostile_file_is_refused_and_not_executed(paper_file, tmp_path, capsys):
+    hostile, path = Hostile(), tmp_path / "hostile.pt"
+    hostile.path = tmp_path / "executed"
+    ours = torch.load(paper_file, weights_only=True)
+    for content in (hostile, ours | dict(step=hostile), dict(state_dict=hostile)):
+        torch.save(content, path)
+        assert "hostile.pt: refused" in refused(capsys, path, tmp_path, "--out", tmp_path / "e.npz")
+    authors_file(path, ours, hostile)
+    try:
+        extract.load_encoder(path)
+    except ValueError:
+        pass  # either is right, as long as nothing runs
+    assert not hostile.path.exists()
+
+
+def test_a_file_that_is_damaged_or_lies_is_refused_with_its_name(paper_file, tmp_path, capsys):
+    whole, ours, path = (
+        paper_file.read_bytes(),
+        torch.load(paper_file, weights_only=True),
+        tmp_path / "bad.pt",
+    )
+    for content in (whole[: len(whole) // 2], whole[:-100], b"", b"text"):
+        path.write_bytes(content)
+        assert "bad.pt: refused" in refused(capsys, path, tmp_path, "--out", tmp_path / "e.npz")
+    config, target = ours["config"], ours["target_encoder"]
+    for lie in [
+        dict(step="many"),
+        dict(config=None),
+        dict(format="another 7"),
+        dict(target_encoder={}),
+        dict(config=config | dict(model=config["model"] | dict(dim=65536, heads=4096))),
+        dict(config=config | dict(model=config["model"] | dict(depth=1024))),
+        dict(config=config | dict(log_mel=config["log_mel"] | dict(std=0.0))),
+        dict(config=config | dict(log_mel=config["log_mel"] | dict(mel_bins=64))),
+        dict(target_encoder=target | {"norm.weight": torch.zeros(1).expand(64)}),
+        dict(target_encoder=target | {"norm.weight": torch.full((64,), math.nan)}),
+        dict(target_encoder=target | {"norm.weight": torch.zeros(1).expand(10**12)}),
+    ]:
+        torch.save(ours | lie, path)
+        assert "bad.pt: refused" in refused(capsys, path, tmp_path, "--out", tmp_path / "e.npz"), lie
+    assert "nowhere.pt: no such" in refused(
+        capsys, tmp_path / "nowhere.pt", tmp_path, "--out", tmp_path / "e.npz"
+    )
+
+
+@pytest.mark.parametrize(
+    "flags,words",
+    [
+        ([], "--out"),
+        (["--out", "x.npz", "--probe", "knn"], "--out"),
+        (["--out", "."], "--out"),
+        (["--out", "x.npz", "--batch-size", "0"], "--batch-size"),
+        (["--out", "x.npz", "--batch-size", "many"], "--batch-size"),
+        (["--out", "x.npz", "--bands", "all"], "--bands"),
+        (["--probe", "knn", "--folds", "1"], "--folds"),
+        (["--probe"], "--probe"),
+        (["--probe", "svm"], "--probe"),
+        (["--out", "x.npz", "--workers=-1"], "--workers"),
+    ],
+)
+def test_an_absurd_flag_of_extract_is_refused_in_one_line(paper_file, capsys, flags, words):
+    with pytest.raises(SystemExit) as stopped:
+        extract.main([str(paper_file), ".", *flags])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and words in line
+
+
+def test_extract_says_what_is_wrong_with_the_data(paper_file, tmp_path, capsys):
+    assert "nowhere" in refused(capsys, paper_file, tmp_path / "nowhere", "--out", tmp_path / "e.npz")
+    (tmp_path / "empty").mkdir()
+    assert "no audio" in refused(capsys, paper_file, tmp_path / "empty", "--out", tmp_path / "e.npz")
+    run_cli("data.py", "pack", corpus(tmp_path / "audio", 2, 0.5), tmp_path / "packed")
+    assert "packed" in refused(capsys, paper_file, tmp_path / "packed", "--out", tmp_path / "e.npz")
 
 
 # ---------------------------------------- the project
