@@ -339,7 +339,7 @@ def choose_amp(amp, device):
 
 
 def keep_freed_memory():
-    """On a CPU with glibc: else each large tensor is fetched from the kernel anew, and zeroed page by page."""
+    """On a CPU with glibc: else each large tensor is fetched from the kernel anew, zeroed page by page."""
     try:
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD

@@ -1528,8 +1528,16 @@ def test_the_authors_front_end_is_kaldis_without_edges():
     from torchaudio.compliance import kaldi
 
     waveform = torch.from_numpy(noise(10) + tone(10))[None]
-    frames = kaldi.fbank(waveform / waveform.abs().max(), sample_frequency=32000, num_mel_bins=128, frame_shift=1243 / 32,
-                         frame_length=3108 / 32, dither=0.0, window_type="hanning", low_freq=20)  # fmt: skip
+    frames = kaldi.fbank(
+        waveform / waveform.abs().max(),
+        sample_frequency=32000,
+        num_mel_bins=128,
+        frame_shift=1243 / 32,
+        frame_length=3108 / 32,
+        dither=0.0,
+        window_type="hanning",
+        low_freq=20,
+    )
     ours = extract.AuthorsLogMel()(waveform)
     assert len(frames) == 255 and ours.shape == (1, 1, 256, 128)
     assert (ours[0, 0, :255] - frames).abs().max() < 1e-3 and (ours[0, 0, 255] == 0).all()
