@@ -12,9 +12,7 @@ import argparse, collections, copy, itertools, json, math, os, shutil, sys, temp
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
@@ -86,7 +84,7 @@ def read_encoder(path, which):
         raise ValueError(f"{path}: refused, {' '.join(repr(error).split()):.200}") from None
 
 
-class AudioJEPAEncoder(nn.Module):
+class AudioJEPAEncoder(torch.nn.Module):
     """The frozen encoder: (waveform [B, T], mono, `sampling_rate` Hz, any T) -> [B, T', output_dim], float32,
     a row each `hop_size_in_ms`, as many as the waveform reaches into: T' = ceil(T / samples of a hop).
 
@@ -149,19 +147,18 @@ class Windows(IterableDataset):
                 yield i, 0, silence, str(error) or type(error).__name__
 
 
-def embed(args, clips, encoder, views_of, count, pool, folder):
-    """All recordings, shared between the processes, through `views_of`: spectrogram [B, 1, T, F] -> `count`
-    views of it, each rows [B, R, K]. Of a recording, the rows that hold sound, or with `pool` "clip" their
-    mean, go to a file of the view. -> {recording: (seconds, [np.memmap's arguments for its rows in each
-    view])}, in order, on the first process; the others end here. ValueError at a recording that cannot be
-    used, unless --skip-bad."""
+def embed(args, clips, encoder, views_of, num_views, pool, folder):
+    """All recordings, shared between the processes, through `views_of`: spectrogram [B, 1, T, F] -> views of
+    it, rows [B, R, K] each. A recording's rows that hold sound, or with `pool` "clip" their mean, go to a
+    file of the view. -> {recording: (seconds, [np.memmap's arguments for its rows in each view])}, in order,
+    in the first process; the others end here. ValueError at one that cannot be used, but with --skip-bad."""
     mine, device = range(RANK, len(clips), WORLD), encoder.log_mel.window.device
     batches = DataLoader(Windows(clips.source, mine, encoder.window), args.batch_size,
                          num_workers=args.workers, pin_memory=device.type == "cuda")
     found, pending, samples = {}, collections.defaultdict(list), collections.Counter()
     os.makedirs(folder, exist_ok=True)
     with tqdm(total=len(mine), unit=" recordings", disable=RANK > 0 or None) as bar:
-        files = [open(f"{folder}/{view}-{RANK}", "wb") for view in range(count)]
+        files = [open(f"{folder}/{view}-{RANK}", "wb") for view in range(num_views)]
         for recordings, sounds, waveform, ends in batches:
             spectrogram = encoder.log_mel(waveform.to(device, non_blocking=True))
             views = [rows.cpu().numpy() for rows in views_of(spectrogram)]
@@ -186,10 +183,12 @@ def embed(args, clips, encoder, views_of, count, pool, folder):
                     rows.tofile(file)
     everyone = [found] * WORLD
     if WORLD > 1:
-        dist.all_gather_object(everyone, found)
-    if not (merged := collections.ChainMap(*everyone)):
+        torch.distributed.all_gather_object(everyone, found)
+    if RANK > 0:
+        sys.exit()
+    if not (found := collections.ChainMap(*everyone)):
         raise ValueError(f"{args.data}: none of {len(clips)} recordings can be used")
-    return {i: merged[i] for i in sorted(merged)} if RANK == 0 else sys.exit()
+    return {i: found[i] for i in sorted(found)}
 
 
 def save_embeddings(args, clips, encoder, folder):
@@ -197,9 +196,10 @@ def save_embeddings(args, clips, encoder, folder):
     found = embed(args, clips, encoder, lambda x: [encoder.columns(x)], 1, args.pool, folder)
     seconds, places = zip(*((seconds, place) for seconds, (place,) in found.values()))
     offsets = np.cumsum([0, *(shape[0] for *_, shape in places)])
-    embeddings = np.memmap(f"{folder}/rows", np.float32, "w+", shape=(int(offsets[-1]), encoder.output_dim))
-    for first, last, place in zip(offsets, offsets[1:], places):
-        embeddings[first:last] = np.memmap(*place)
+    with open(f"{folder}/rows", "wb") as file:
+        for place in places:
+            np.memmap(*place).tofile(file)
+    embeddings = np.memmap(file.name, np.float32, "r", shape=(int(offsets[-1]), encoder.output_dim))
     config = dict(model=vars(encoder.network.config), log_mel=encoder.log_mel.config, bands=args.bands,
                   pool=args.pool, encoder=args.encoder)
     with open(f"{folder}/npz", "wb") as file:
@@ -229,15 +229,15 @@ def knn(probe, embeddings, labels, classes, train, test):
     return right / len(test)
 
 
-class Probe(nn.Module):
+class Probe(torch.nn.Module):
     """LayerNorm, Linear: (tokens [B, L, K], padding [B, L]) -> [B, classes]. Of the only token, the pooled
     embedding, as X-ARES has it; or, `attentive`, of what one learned query draws, in 8 heads, out of all."""
 
     def __init__(self, width, classes, attentive):
         super().__init__()
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
-        self.query, heads = nn.Parameter(0.02 * torch.randn(1, width)), math.gcd(8, width)
-        self.attention = nn.MultiheadAttention(width, heads, batch_first=True) if attentive else None
+        self.norm, self.head = torch.nn.LayerNorm(width), torch.nn.Linear(width, classes)
+        self.query, heads = torch.nn.Parameter(0.02 * torch.randn(1, width)), math.gcd(8, width)
+        self.attention = torch.nn.MultiheadAttention(width, heads, batch_first=True) if attentive else None
 
     def forward(self, tokens, padding):
         tokens = self.norm(tokens)
@@ -382,7 +382,7 @@ def main(argv=None):
     try:
         if WORLD > 1:
             torch.set_num_threads(CORES)
-            dist.init_process_group("gloo")
+            torch.distributed.init_process_group("gloo")
         encoder = load_encoder(args.checkpoint, args.bands, args.encoder).to(choose_device())
         encoder.amp = args.amp
         clips = AudioClips(args.data, encoder.sampling_rate)
