@@ -55,7 +55,7 @@ def load_authors(path):
             name = name.replace(old, new)
         network, name = name.split(".", 1)
         tensor = tensor.flatten(1) if name == "patch_embed.weight" else tensor  # of their convolution
-        networks[network][name] = tensor[0] if name == "pos_embed" else tensor
+        networks[network][name] = tensor.squeeze(0) if name == "pos_embed" else tensor
     target = networks["target_encoder"]
     dim, hidden = len(target["patch_embed.weight"]), len(target["blocks.0.mlp.fc1.weight"])
     depth = len({name.split(".")[1] for name in target if name.startswith("blocks.")})
@@ -118,7 +118,7 @@ class AudioJEPAEncoder(torch.nn.Module):
         if waveform.ndim != 2 or not waveform.shape[1] or not waveform.is_floating_point():
             raise ValueError(f"a waveform of {waveform.dtype}, {list(waveform.shape)}: not float [B, T]")
         (B, T), waveform = waveform.shape, waveform.to(self.log_mel.window)
-        windows = F.pad(waveform, (0, -T % self.window)).view(-1, self.window)
+        windows = F.pad(waveform, (0, -T % self.window)).reshape(-1, self.window)
         rows = torch.cat([self.columns(self.log_mel(part)) for part in windows.split(32)])
         return rows.view(B, -1, self.output_dim)[:, : -(-T * self.grid[0] // self.window)]
 

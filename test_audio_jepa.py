@@ -1656,14 +1656,14 @@ def test_the_demonstrations_run():
 
 
 def test_every_flag_in_the_readme_exists_and_every_flag_is_read():
-    helped = run_cli("train.py", "--help").stdout + run_cli("data.py", "--help").stdout
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", (HERE / "README.md").read_text())) - {
-        "--nproc_per_node"
-    }
-    assert named and all(re.search(rf"{flag}\b", helped) for flag in named - {"--nproc"}), named
-    source = (HERE / "train.py").read_text()
-    for flag in re.findall(r'add\("--([a-z-]+)"', source):
-        assert re.search(rf"args\.{flag.replace('-', '_')}\b", source), f"nobody reads --{flag}"
+    helped = "".join(run_cli(name, "--help").stdout for name in ("train.py", "data.py", "extract.py"))
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", (HERE / "README.md").read_text()))
+    named -= {"--nproc", "--standalone", "--max-jobs", "--max-restarts"}  # torchrun's and X-ARES's
+    assert named and all(re.search(rf"{flag}\b", helped) for flag in named), named
+    for name in ("train.py", "extract.py"):
+        source = (HERE / name).read_text()
+        for flag in re.findall(r'add\("--([a-z-]+)"', source):
+            assert re.search(rf"args\.{flag.replace('-', '_')}\b", source), f"nobody reads --{flag}"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
