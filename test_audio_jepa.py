@@ -1072,6 +1072,7 @@ def test_what_is_wrong_with_the_data_is_said_in_one_line(tmp_path, capsys):
         (["--seed", "-1"], ["seed"]),
         (["--ema", "1.5"], ["ema"]),
         (["--workers", "99999999999"], ["workers"]),
+        (["--batch-size", "99999999"], ["batch-size"]),
         (["--nonsense"], ["nonsense"]),
     ],
 )
@@ -1310,6 +1311,19 @@ def test_a_bad_recording_stops_with_its_name_or_is_left_out(encoder_file, record
     assert len([line for line in capsys.readouterr().err.splitlines() if "left out" in line]) == 2
     whole = embeddings(encoder_file, recordings, tmp_path / "w.npz")
     assert np.abs(made["embeddings"] - whole["embeddings"]).max() < 1e-5
+
+
+def test_every_kind_of_bad_recording_is_left_out_once(encoder_file, recordings, tmp_path, capsys):
+    folder = tmp_path / "some"
+    shutil.copytree(recordings, folder)
+    for n, how in enumerate(BROKEN):
+        break_file(folder / f"bad {n}", how)
+    made = embeddings(encoder_file, folder, tmp_path / "e.npz", "--skip-bad")
+    lines = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    assert len(lines) == len(BROKEN) and all(
+        any(f"bad {n}." in line for line in lines) for n in range(len(BROKEN))
+    )
+    assert list(made["paths"]) == [f"{n}.wav" for n in range(6)] and np.isfinite(made["embeddings"]).all()
 
 
 def test_names_of_any_bytes_come_back(encoder_file, tmp_path):

@@ -331,7 +331,7 @@ def parse_args(argv):
     add("--out", metavar="DIR", default="runs/audio-jepa", help="log, checkpoints; a run found here goes on")
     add("--model", choices=list(PRESETS), default="base", help="size of the networks")
     add("--steps", type=count, default=100000, help="optimiser steps of the whole run")
-    add("--batch-size", type=count, default=256, help="clips in a step, over all processes")
+    add("--batch-size", type=number_in(int, 1, 2**16), default=256, help="clips in a step, of all processes")
     add("--accum", type=count, default=1, help="micro-batches that a step is cut into, to save memory")
     add("--lr", type=number_in(float, 1e-6, 10), default=3e-4, help="peak learning rate")
     add("--warmup", type=number_in(int, 0, 10**9), default=1000, help="steps from lr 1e-6 to the peak")
