@@ -4,11 +4,11 @@
     python extract.py CHECKPOINT DATA --out emb.npz            embeddings, one row a recording
     python extract.py CHECKPOINT DATA --probe knn linear       accuracies on train/LABEL/* and test/LABEL/*
 
-A recording is cut into windows of 10 s, the last one filled with silence. A window gives 16 columns of
-625 ms, a column holds 8 tokens, one a frequency band. Only columns that sound reaches into are used.
-B clips or windows, R rows of a window (columns, log-mel frames), K numbers in a row, D width, L tokens.
+A recording is cut into windows as long as a training clip (10 s), the last one filled with silence. A window
+gives 16 columns of 625 ms, a column holds 8 tokens, one a frequency band. Only columns that sound reaches
+into are used. B clips or windows, R rows of a window (columns, log-mel frames), K numbers in a row, L tokens.
 """
-import argparse, collections, copy, itertools, json, math, os, shutil, sys, tempfile
+import argparse, collections, copy, datetime, itertools, json, math, os, shutil, signal, sys, tempfile
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ class AuthorsLogMel(LogMel):
 
 def load_authors(path):
     """The authors' Lightning file as a checkpoint of ours, its log_mel None; raises anything if it is none.
-    Objects in it that are no tensor or plain type become inert ones: nothing of them is executed."""
+    Other objects in it than tensors and plain types become inert ones, or are its end: none is executed."""
     names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     with torch.serialization.safe_globals([(type("Inert", (), INERT), name) for name in names]):
         theirs = torch.load(path, map_location="cpu", weights_only=True)
@@ -88,16 +88,16 @@ class AudioJEPAEncoder(torch.nn.Module):
     """The frozen encoder: (waveform [B, T], mono, `sampling_rate` Hz, any T) -> [B, T', output_dim], float32,
     a row each `hop_size_in_ms`, as many as the waveform reaches into: T' = ceil(T / samples of a hop).
 
-    `bands`: "concat", the 8 frequency bands side by side, or "mean" of them. `which`: "target" or "context".
-    X-ARES gives no argument: AUDIO_JEPA_CHECKPOINT and AUDIO_JEPA_BANDS of the environment do. ValueError: a
-    checkpoint that is refused, other bands, a waveform of another shape."""
+    `bands`: "concat", the 8 frequency bands side by side, or "mean". `which`: "target" or "context". X-ARES
+    gives no argument: AUDIO_JEPA_CHECKPOINT and AUDIO_JEPA_BANDS do. ValueError: a checkpoint that is
+    refused, other bands, a waveform of another shape."""
 
     def __init__(self, checkpoint=None, bands=None, which="target"):
         super().__init__()
         checkpoint = checkpoint or os.environ.get("AUDIO_JEPA_CHECKPOINT")
         self.bands = bands or os.environ.get("AUDIO_JEPA_BANDS", "concat")
         if checkpoint is None or self.bands not in ("concat", "mean"):
-            raise ValueError(f"AUDIO_JEPA_CHECKPOINT is {checkpoint}, bands {self.bands}, not concat or mean")
+            raise ValueError(f"AUDIO_JEPA_CHECKPOINT: {checkpoint}; bands: {self.bands} (concat or mean)")
         self.network, self.log_mel, self.step = read_encoder(checkpoint, which)
         self.grid, self.amp, front_end = self.network.config.grid, "auto", self.log_mel.config
         self.sampling_rate = front_end["sample_rate"]
@@ -140,47 +140,47 @@ class Windows(IterableDataset):
         for i in self.recordings[worker.id :: worker.num_workers] if worker else self.recordings:
             try:
                 windows = itertools.chain(self.files.windows(i, self.window), [None])
-                for part, following in itertools.pairwise(windows):
-                    filled = np.concatenate([part, silence[len(part) :]])
-                    yield i, len(part), filled, "end" if following is None else ""
+                for part, later in itertools.pairwise(windows):
+                    yield i, len(part), np.append(part, silence[len(part) :]), "end" if later is None else ""
             except CANNOT_USE as error:
                 yield i, 0, silence, str(error) or type(error).__name__
 
 
 def embed(args, clips, encoder, views_of, num_views, pool, folder):
     """All recordings, shared between the processes, through `views_of`: spectrogram [B, 1, T, F] -> views of
-    it, rows [B, R, K] each. A recording's rows that hold sound, or with `pool` "clip" their mean, go to a
-    file of the view. -> {recording: (seconds, [np.memmap's arguments for its rows in each view])}, in order,
-    in the first process; the others end here. ValueError at one that cannot be used, but with --skip-bad."""
+    it, rows [B, R, K] each. A file a view takes a recording's rows that hold sound, or their mean for `pool`
+    "clip". -> {recording: (seconds, [np.memmap's arguments for its rows in each view])}, in order, in the
+    first process; the others end here. ValueError at one that cannot be used, but with --skip-bad."""
     mine, device = range(RANK, len(clips), WORLD), encoder.log_mel.window.device
     batches = DataLoader(Windows(clips.source, mine, encoder.window), args.batch_size,
                          num_workers=args.workers, pin_memory=device.type == "cuda")
-    found, pending, samples = {}, collections.defaultdict(list), collections.Counter()
+    found, pending = {}, collections.defaultdict(list)
     os.makedirs(folder, exist_ok=True)
     with tqdm(total=len(mine), unit=" recordings", disable=RANK > 0 or None) as bar:
         files = [open(f"{folder}/{view}-{RANK}", "wb") for view in range(num_views)]
         for recordings, sounds, waveform, ends in batches:
-            spectrogram = encoder.log_mel(waveform.to(device, non_blocking=True))
-            views = [rows.cpu().numpy() for rows in views_of(spectrogram)]
+            views = [rows.cpu().numpy() for rows in views_of(encoder.log_mel(waveform.to(device)))]
             for b, (i, sound, end) in enumerate(zip(recordings.tolist(), sounds.tolist(), ends)):
-                samples[i] += sound
                 held = [-(-sound * rows.shape[1] // encoder.window) for rows in views]  # rounded up
-                pending[i].append([rows[b, :count] for rows, count in zip(views, held)])
+                kept = [rows[b, :count] for rows, count in zip(views, held)]
+                pending[i].append([x.sum(0, keepdims=True) if pool == "clip" else x.copy() for x in kept])
                 if not end:
                     continue
                 bar.update()
-                parts = zip(*pending.pop(i))  # of each view, the rows of all windows
+                parts = list(zip(*pending.pop(i)))  # of each view, what its windows gave
                 if end != "end":
                     line = printable(f"{clips.name(i)}: {end}")
                     if not args.skip_bad:
                         raise ValueError(f"{line} (--skip-bad leaves such out)")
                     tqdm.write(f"left out: {line}", file=sys.stderr)
                     continue
-                found[i] = samples[i] / encoder.sampling_rate, []
-                for rows, file in zip(map(np.concatenate, parts), files):
-                    rows = rows.mean(0, keepdims=True) if pool == "clip" else rows
-                    found[i][1].append((file.name, np.float32, "r", file.tell(), rows.shape))
-                    rows.tofile(file)
+                found[i] = ((len(parts[0]) - 1) * encoder.window + sound) / encoder.sampling_rate, []
+                for windows, file, rows, count in zip(parts, files, views, held):
+                    made = np.concatenate(windows)
+                    if pool == "clip":
+                        made = made.sum(0, keepdims=True) / ((len(windows) - 1) * rows.shape[1] + count)
+                    found[i][1].append((file.name, np.float32, "r", file.tell(), made.shape))
+                    made.tofile(file)
     everyone = [found] * WORLD
     if WORLD > 1:
         torch.distributed.all_gather_object(everyone, found)
@@ -199,24 +199,23 @@ def save_embeddings(args, clips, encoder, folder):
     with open(f"{folder}/rows", "wb") as file:
         for place in places:
             np.memmap(*place).tofile(file)
-    embeddings = np.memmap(file.name, np.float32, "r", shape=(int(offsets[-1]), encoder.output_dim))
+    rows = np.memmap(file.name, np.float32, "r", shape=(int(offsets[-1]), encoder.output_dim))
     config = dict(model=vars(encoder.network.config), log_mel=encoder.log_mel.config, bands=args.bands,
                   pool=args.pool, encoder=args.encoder)
     with open(f"{folder}/npz", "wb") as file:
-        np.savez(file, embeddings=embeddings, offsets=offsets, paths=[clips.name(i) for i in found],
+        np.savez(file, embeddings=rows, offsets=offsets, paths=[clips.name(i) for i in found],
                  seconds=seconds, sample_rate=encoder.sampling_rate, hop_ms=encoder.hop_size_in_ms,
                  step=encoder.step, config=json.dumps(config))
         file.flush()
         os.fsync(file.fileno())
     os.replace(f"{folder}/npz", args.out)
-    print(f"{args.out}: {len(found)} of {len(clips)} recordings, embeddings {list(embeddings.shape)}")
+    print(f"{printable(args.out)}: {len(found)} of {len(clips)} recordings, embeddings {list(rows.shape)}")
 
 
 def knn(probe, embeddings, labels, classes, train, test):
     """Accuracy of the vote of the 10 nearest training clips by cosine, each weighing exp(similarity / 0.07).
-    "knn": every dimension standardised on the training split. "xares-knn": what X-ARES 0.1.3 computes, and so
-    the paper's Table III: it normalises each feature over the training clips, where it should have been each
-    clip over the features, so that clips of large norm win."""
+    "knn": every dimension standardised on the training split. "xares-knn": as X-ARES 0.1.3 and so Table III,
+    each feature normalised over the training clips, instead of each clip: clips of large norm win."""
     if probe == "knn":
         std, mean = torch.std_mean(embeddings[train], 0, correction=0)
         embeddings = (embeddings - mean) / torch.where(std > 1e-6, std, 1.0)
@@ -264,8 +263,7 @@ def train_probe(tokens_of, attentive, labels, classes, train, valid, test):
 
     @torch.no_grad()
     def score(split):
-        right = [(logits(part).argmax(1) == labels[part]).sum().item() for part in split.split(32)]
-        return sum(right) / len(split)
+        return sum((logits(x).argmax(1) == labels[x]).sum().item() for x in split.split(32)) / len(split)
 
     for epoch in range(10):
         optimizer.param_groups[0]["lr"] = 1e-3 * (0.55 + 0.45 * math.cos(math.pi * epoch / 10))
@@ -279,12 +277,10 @@ def train_probe(tokens_of, attentive, labels, classes, train, valid, test):
 
 
 def deal(labels, folds):
-    """A fold for each clip, every class shuffled and dealt out evenly -> int64 like `labels`."""
-    fold, rng = torch.zeros_like(labels), torch.Generator().manual_seed(0)
-    for label in labels.unique():
-        mine = (labels == label).nonzero().flatten()
-        fold[mine] = torch.randperm(len(mine), generator=rng) % folds
-    return fold
+    """A fold for each clip, shuffled and dealt out like cards, class after class -> int64 like `labels`."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    order = order[labels[order].argsort(stable=True)]
+    return torch.empty_like(labels).index_copy_(0, order, torch.arange(len(labels)) % folds)
 
 
 def read_task(args, names):
@@ -292,10 +288,12 @@ def read_task(args, names):
     ValueError if the folders are neither."""
     folders, indices = [name.split("/")[:-1] for name in names], torch.arange(len(names))
     split = np.array([folder[0] if folder else "" for folder in folders])
-    has_splits = {"train", "test"} <= set(split) <= {"train", "valid", "test"}
-    if min(map(len, folders)) < 1 + has_splits or has_splits and args.folds:
-        raise ValueError(f"{args.data}: neither train/LABEL/* and test/LABEL/*, nor LABEL/* (for --folds)")
-    labels = torch.from_numpy(np.unique([folder[has_splits] for folder in folders], return_inverse=True)[1])
+    has_splits = {"train", "test"} <= {*split} or {*split} <= {"train", "valid", "val", "dev", "test"}
+    labels = [(*folder, "", "")[has_splits] for folder in folders]
+    misnamed = has_splits and (args.folds or {*split} - {"valid"} != {"train", "test"}) or "" in labels
+    if misnamed or len({*labels}) < 2 or len(names) < (args.folds or 5) * (not has_splits):
+        raise ValueError(f"{args.data}: not 2 LABELs in train/LABEL/*, test/LABEL/*, or LABEL/* (--folds)")
+    labels = torch.from_numpy(np.unique(labels, return_inverse=True)[1])
     if has_splits:
         return labels, [[indices[split == name] for name in ("train", "valid", "test")]]
     fold = deal(labels, args.folds or 5)  # without --folds, the first of five
@@ -313,10 +311,9 @@ def run_probes(args, clips, encoder, folder):
               "untrained, concat": config.dim, "untrained, mean": config.dim, "log-mel": 2 * config.mel_bins}
 
     def views_of(spectrogram):
-        views = []
-        for columns in (encoder.columns(spectrogram), untrained.columns(spectrogram)):  # [B, 16, 8 D]
-            views += [columns, columns.unflatten(2, (encoder.grid[1], -1)).mean(2)]
-        return [*views, torch.cat([spectrogram, spectrogram.square()], 3)[:, 0]]  # moments of each mel band
+        views = [(columns, columns.unflatten(2, (encoder.grid[1], -1)).mean(2))  # [B, 16, 8 D], [B, 16, D]
+                 for columns in (encoder.columns(spectrogram), untrained.columns(spectrogram))]
+        return [*views[0], *views[1], torch.cat([spectrogram, spectrogram.square()], 3)[:, 0]]  # and moments
     pool = "time" if "attentive" in args.probe else "clip"
     found = embed(args, clips, encoder, views_of, len(widths), pool, folder)
     labels, splits = read_task(args, [clips.name(i) for i in found])
@@ -334,7 +331,7 @@ def run_probes(args, clips, encoder, folder):
             for train, valid, test in splits])) for probe in args.probe}
     sizes = dict(zip(("train", "valid", "test"), map(len, splits[0])), classes=classes, folds=len(splits))
     about = dict(data=args.data, checkpoint=args.checkpoint, step=encoder.step, encoder=args.encoder, **sizes)
-    print("  ".join(f"{name} {value}" for name, value in about.items()))
+    print("  ".join(f"{name} {printable(str(value))}" for name, value in about.items()))
     print(" " * 22, *(f"{probe:>11}" for probe in args.probe))
     for view, row in table.items():
         print(f"{view:22}", *(f"{accuracy:11.3f}" for accuracy in row.values()))
@@ -352,7 +349,7 @@ def parse_args(argv):
     parser.error = fail  # one line, without the usage
     add = parser.add_argument
     add("checkpoint", help="last.pt or step-*.pt of train.py, or the authors' file")
-    add("data", help="what train.py's --data takes, but packed; for --probe, folders by split and label")
+    add("data", help="as train.py's --data, except a packed folder; for --probe, folders by split and label")
     add("--out", metavar="FILE.npz", help="write embeddings")
     add("--bands", choices=["concat", "mean"], default="concat", help="frequency bands of a column")
     add("--pool", choices=["clip", "time"], default="clip", help="a row a recording, or a row each 625 ms")
@@ -369,20 +366,23 @@ def parse_args(argv):
         value = getattr(args, name)
         if value is not None and not least <= value <= most:
             parser.error(f"--{name.replace('_', '-')} {value} is not between {least} and {most}")
-    if bool(args.out) == bool(args.probe) or os.path.isdir(args.out or ""):
+    if bool(args.out) == bool(args.probe) or os.path.isdir(args.out or "") or (args.out or "").endswith("/"):
         parser.error("name one thing to do: --out FILE.npz (no folder), or --probe")
+    if args.out and (args.json or args.folds) or not os.path.isdir(os.path.dirname(args.json or "") or "."):
+        parser.error("--json FILE, in a folder that exists, and --folds go with --probe")
     return args
 
 
 def main(argv=None):
     keep_freed_memory()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is in `folder` goes
     args = parse_args(argv)
-    scratch = f"probe-{os.getppid() if WORLD > 1 else os.getpid()}"  # all processes name it alike
-    folder = f"{args.out}.parts" if args.out else os.path.join(tempfile.gettempdir(), scratch)
+    run = os.getppid() if WORLD > 1 else os.getpid()  # the same in all processes
+    folder = f"{args.out}.parts" if args.out else f"{tempfile.gettempdir()}/probe-{run}"
     try:
         if WORLD > 1:
             torch.set_num_threads(CORES)
-            torch.distributed.init_process_group("gloo")
+            torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
         encoder = load_encoder(args.checkpoint, args.bands, args.encoder).to(choose_device())
         encoder.amp = args.amp
         clips = AudioClips(args.data, encoder.sampling_rate)

@@ -1083,7 +1083,7 @@ def test_an_absurd_flag_is_refused_in_one_line(tmp_path, capsys, flags, words):
 
 class Hostile:
     def __reduce__(self):
-        return os.mkdir, (str(self.path),)
+        return open, (str(self.path), "w")
 
 
 def test_a_checkpoint_that_is_none_is_refused_and_not_executed(tmp_path, capsys):
@@ -1457,11 +1457,33 @@ def test_folds_test_every_clip_once_with_all_classes_in_each():
     assert len(extract.read_task(SimpleNamespace(data="x", folds=None), names)[1]) == 1
 
 
-def test_folders_that_are_no_task_are_refused(encoder_file, tmp_path, capsys):
-    corpus(tmp_path / "flat", 3, 0.5)
-    assert "LABEL" in refused(capsys, encoder_file, tmp_path / "flat", "--probe", "knn")
-    notes(tmp_path / "task", 1, ("train", "test"))
-    assert "LABEL" in refused(capsys, encoder_file, tmp_path / "task", "--probe", "knn", "--folds", 2)
+@pytest.mark.parametrize(
+    "folds,folders",
+    [
+        (None, [""]),  # no label
+        (None, ["a"]),  # one class
+        (None, ["train/a", "train/b"]),
+        (None, ["train/a", "train/b", "valid/a", "valid/b"]),
+        (None, ["train/a", "train/b", "test/a", "test/b", "validation/a", "validation/b"]),
+        (None, ["train", "test"]),
+        (None, ["train/a", "test/a"]),
+        (5, ["train/a", "train/b", "test/a", "test/b"]),
+        (30, ["a", "b"]),  # more folds than clips
+    ],
+)
+def test_folders_that_are_no_task_are_refused(folds, folders):
+    names = [os.path.join(folder, f"{n}.wav") for folder in folders for n in range(10)]
+    with pytest.raises(ValueError, match="LABEL"):
+        extract.read_task(SimpleNamespace(data="x", folds=folds), names)
+
+
+def test_small_classes_can_be_probed():
+    names = [f"{label}/{n}.wav" for label in "abc" for n in range(3)]
+    labels, splits = extract.read_task(SimpleNamespace(data="x", folds=5), names)
+    assert all(len(test) and len(train) for train, _, test in splits)
+    for train, valid, test in splits:
+        rows = F.one_hot(labels, 3).float().repeat(1, 64).unsqueeze(1).numpy()
+        assert extract.train_probe(rows.__getitem__, False, labels, 3, train, valid, test) == 1.0
 
 
 def test_the_xares_contract(paper_file, monkeypatch):
@@ -1574,11 +1596,7 @@ def test_a_hostile_file_is_refused_and_not_executed(paper_file, tmp_path, capsys
     for content in (hostile, ours | dict(step=hostile), dict(state_dict=hostile)):
         torch.save(content, path)
         assert "hostile.pt: refused" in refused(capsys, path, tmp_path, "--out", tmp_path / "e.npz")
-    authors_file(path, ours, hostile)
-    try:
-        extract.load_encoder(path)
-    except ValueError:
-        pass  # either is right, as long as nothing runs
+    extract.load_encoder(authors_file(path, ours, hostile))  # inert there
     assert not hostile.path.exists()
 
 
@@ -1618,6 +1636,10 @@ def test_a_file_that_is_damaged_or_lies_is_refused_with_its_name(paper_file, tmp
         ([], "--out"),
         (["--out", "x.npz", "--probe", "knn"], "--out"),
         (["--out", "."], "--out"),
+        (["--out", "new/"], "--out"),
+        (["--out", "x.npz", "--json", "y.json"], "--json"),
+        (["--out", "x.npz", "--folds", "3"], "--folds"),
+        (["--probe", "knn", "--json", "nowhere/y.json"], "--json"),
         (["--out", "x.npz", "--batch-size", "0"], "--batch-size"),
         (["--out", "x.npz", "--batch-size", "many"], "--batch-size"),
         (["--out", "x.npz", "--bands", "all"], "--bands"),
