@@ -49,7 +49,7 @@ class LogMel(torch.nn.Module):
 
     def frames(self, waveform):
         """Raw log-mel: [B, samples] -> [B, round(samples / hop), mel_bins]."""
-        waveform = waveform - F.avg_pool1d(waveform[:, None], self.hop, ceil_mode=True).mean(2)  # rounding
+        waveform = waveform - F.avg_pool1d(waveform[:, None], 20, ceil_mode=True).mean(2)  # for the rounding
         count = (waveform.shape[1] + self.hop // 2) // self.hop
         left = self.window_length // 2 - self.hop // 2  # half a window before the middle of the first hop
         right = (count - 1) * self.hop + self.window_length - left - waveform.shape[1]

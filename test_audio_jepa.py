@@ -389,6 +389,17 @@ def test_log_mel_is_kaldis(rate, mels):
     assert (ours[:, 0] - wanted).abs().max() < 1e-3
 
 
+def test_the_log_mel_of_a_clip_depends_on_neither_company_nor_threads():
+    log_mel, waveform = data.LogMel(), torch.from_numpy(np.stack([noise(10, seed=n) for n in range(5)]))
+    alone = torch.cat([log_mel(row[None]) for row in waveform])
+    torch.set_num_threads(2)
+    try:
+        both = log_mel(waveform), torch.cat([log_mel(row[None]) for row in waveform])
+    finally:
+        torch.set_num_threads(1)
+    assert all((made - alone).abs().max() < 1e-6 for made in both)
+
+
 def test_silence_has_a_finite_log_mel():
     assert torch.allclose(data.LogMel()(torch.zeros(1, 320000)), torch.tensor(math.log(data.FLOOR)))
 
