@@ -10,9 +10,9 @@ into are used. B clips or windows, R rows of a window (columns, log-mel frames),
 """
 import argparse, collections, copy, datetime, itertools, json, math, os, shutil, signal, sys, tempfile
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads leave the workers their core; before torch
 import numpy as np
-import torch
-import torch.nn.functional as F
+import torch, torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
