@@ -23,7 +23,7 @@ from data import (CANNOT_USE, FRAMES_PER_SECOND, AudioClips, LogMel, SyntheticCl
                   write_atomically)
 from masking import block_mask, draw_masks, ema_decay, random_mask, update_ema
 from model import (CHECKPOINT_FORMAT, JEPA, LOSSES, PRESETS, choose_amp, choose_device,
-                   gflops_per_clip, load_checkpoint, memory_gib, monitors, save_checkpoint, tune_cpu)
+                   gflops_per_clip, keep_freed_memory, load_checkpoint, memory_gib, monitors, save_checkpoint)
 
 MASKS = {"random": random_mask, "block": block_mask}
 FREE = ("data", "out", "accum", "compile", "workers", "save_every", "log_every", "benchmark")  # may change
@@ -359,7 +359,7 @@ def parse_args(argv):
 
 
 def main(argv=None):
-    tune_cpu()
+    keep_freed_memory()
     args = parse_args(argv)
     last, front_end = Path(args.out) / "last.pt", (args.sample_rate, args.clip_seconds)
     try:
