@@ -9,9 +9,7 @@ A recording is a file or a member of a tar, of any length; a clip is what traini
 """
 import argparse, csv, fractions, functools, io, itertools, json, math, os, random, re, sys, tarfile, zlib
 
-import numpy as np
-import soundfile, torch, torchaudio
-import torch.nn.functional as F
+import numpy as np, soundfile, torch, torchaudio, torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchaudio.compliance import kaldi
 from tqdm import tqdm
@@ -41,33 +39,37 @@ class LogMel(torch.nn.Module):
             raise ValueError(f"{sample_rate} Hz x {clip_seconds} s / {time_bins} frames: hop {hop} not whole")
         self.hop, self.window_length, self.mean, self.std = int(hop), int(2.5 * hop), mean, std
         self.fft_length = 2 ** math.ceil(math.log2(self.window_length))
-        window = torch.hann_window(self.window_length, periodic=False)
-        self.register_buffer("window", window, persistent=False)
+        self.register_buffer("window", torch.hann_window(self.window_length, False), persistent=False)
         low, high, no_warp = 20.0, sample_rate / 2, (100.0, -500.0, 1.0)
-        filters = kaldi.get_mel_banks(mel_bins, self.fft_length, sample_rate, low, high, *no_warp)[0]
-        self.register_buffer("filters", filters.T, persistent=False)  # [fft / 2, mel]
+        filters = kaldi.get_mel_banks(mel_bins, self.fft_length, sample_rate, low, high, *no_warp)[0].T
+        self.register_buffer("filters", filters, persistent=False)  # [fft / 2, mel]
+        used = [part.any(1).nonzero().flatten().tolist() or [0] for part in filters.split(16, dim=1)]
+        self.used = [slice(bins[0], bins[-1] + 1) for bins in used]  # bins that each 16 filters use
 
     def frames(self, waveform):
         """Raw log-mel: [B, samples] -> [B, round(samples / hop), mel_bins]."""
-        waveform = waveform - F.avg_pool1d(waveform[:, None], 20, ceil_mode=True).mean(2)  # for the rounding
+        waveform = waveform - waveform.unfold(1, self.hop, self.hop).mean(2).mean(1, True)  # for the rounding
         count = (waveform.shape[1] + self.hop // 2) // self.hop
         left = self.window_length // 2 - self.hop // 2  # half a window before the middle of the first hop
         right = (count - 1) * self.hop + self.window_length - left - waveform.shape[1]
-        x = torch.cat([waveform[:, :left].flip(1), waveform, waveform[:, -right:].flip(1)], dim=1)
+        x = torch.cat([waveform[:, : left + 1].flip(1), waveform, waveform[:, -right:].flip(1)], dim=1)
         # A frame less its mean m, pre-emphasised, is the pre-emphasised signal less 0.03 m, but for the first
         # sample, where Hann is 0: so the signal is filtered once, and not frame by frame, 2.5 times.
-        mean = F.avg_pool1d(x.unsqueeze(1), self.window_length, self.hop).mT  # [B, T, 1]
-        x = F.pad(x[:, 1:] - 0.97 * x[:, :-1], (1, 0)).unfold(1, self.window_length, self.hop)
-        spectrum = torch.fft.rfft((x - 0.03 * mean) * self.window, n=self.fft_length)[..., :-1]
-        power = spectrum.real.square() + spectrum.imag.square()  # [B, T, fft / 2]
-        return (power @ self.filters).clamp(min=FLOOR).log()
+        mean = x[:, 1:].unfold(1, self.window_length, self.hop).mean(2, keepdim=True)  # [B, T, 1]
+        x = torch.sub(x[:, 1:], x[:, :-1], alpha=0.97).unfold(1, self.window_length, self.hop)
+        spectrum = torch.fft.rfft((x - 0.03 * mean).mul_(self.window), n=self.fft_length)[..., :-1]
+        power = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)  # [B, T, fft / 2]
+        # Filters are narrow: 16 at a time, without most of their zeros, it all takes a fifth less on a CPU.
+        mel = [power[..., bins] @ part[bins] for bins, part in zip(self.used, self.filters.split(16, dim=1))]
+        return torch.cat(mel, 2).clamp_(min=FLOOR).log_()
 
     def normalise(self, frames):
         """Raw log-mel [B, T, F] -> spectrogram [B, 1, T, F], of mean 0 and std 1 over the training set."""
         return ((frames.float() - self.mean) / self.std).unsqueeze(1)
 
     def forward(self, waveform):
-        return self.normalise(self.frames(waveform))
+        size = 1 if waveform.device.type == "cpu" else len(waveform)  # one clip's frames stay in the caches
+        return self.normalise(torch.cat([self.frames(part) for part in waveform.split(size)]))
 
 
 def write_atomically(path, content):
@@ -176,8 +178,9 @@ class AudioFiles:
     def read(self, sound, count):
         """The next samples, `count` or what is left -> float32 mono at the file's own rate."""
         count = min(count, sound.frames - sound.tell())
-        waveform = sound.read(count, dtype="float32", always_2d=True)
-        waveform = waveform @ np.full(sound.channels, 1 / sound.channels, np.float32)
+        waveform = sound.read(count, dtype="float32")
+        if sound.channels > 1:
+            waveform = waveform @ np.full(sound.channels, 1 / sound.channels, np.float32)
         if len(waveform) < count and sound.frames < 2**40:  # above: a stream that does not say its length
             raise ValueError("truncated")
         if len(waveform) and not max(waveform.max(), -waveform.min()) < 1e6:
@@ -198,11 +201,8 @@ class AudioFiles:
     def windows(self, i, length):
         """Recording i from start to end in windows of `length` samples, the last one shorter."""
         with self.open(i) as sound:
-            for k in itertools.count(1):
-                end = round(k * length * sound.samplerate / self.sample_rate)
-                waveform = self.read(sound, end - sound.tell())
-                if not len(waveform):
-                    return
+            ends = (round(k * length * sound.samplerate / self.sample_rate) for k in itertools.count(1))
+            while len(waveform := self.read(sound, next(ends) - sound.tell())):
                 yield resample(waveform, sound.samplerate, self.sample_rate)[:length]
 
 
@@ -254,15 +254,15 @@ class AudioClips(Dataset):
         return os.fsdecode(self.source.entries[i].split(b"\0")[0])
 
     def __getitem__(self, i):
-        clip, _, bad = self.fetch(self.epoch, range(len(self))[i])
-        if clip is None:
+        parts, _, bad = self.fetch(self.epoch, range(len(self))[i])
+        if parts is None:
             raise RuntimeError(f"{len(bad)} recordings in a row cannot be used, at last {': '.join(bad[-1])}")
-        return torch.from_numpy(clip)
+        return torch.from_numpy(np.concatenate(parts))
 
     def __getitems__(self, keys):
-        clips, tried, bad = zip(*(self.fetch(epoch, i) for epoch, i in keys))
-        batch = None if any(clip is None for clip in clips) else torch.from_numpy(np.stack(clips))
-        return batch, sum(tried), sum(bad, [])
+        parts, tried, bad = zip(*(self.fetch(epoch, i) for epoch, i in keys))
+        batch = None if None in parts else torch.from_numpy(np.concatenate(sum(parts, [])))  # copied once
+        return None if batch is None else batch.unflatten(0, (-1, self.length)), sum(tried), sum(bad, [])
 
     def fetch(self, epoch, i):
         rng = random.Random(f"clip {i} of epoch {epoch}, seed {self.seed}")
@@ -278,8 +278,8 @@ class AudioClips(Dataset):
             if missing < self.patch:
                 break
             i = rng.randrange(len(self))
-        rest = np.full((missing, *parts[0].shape[1:]), self.silence, parts[0].dtype)
-        return np.concatenate([*parts, rest]), tried, bad
+        parts.append(np.full((missing, *parts[0].shape[1:]), self.silence, parts[0].dtype))
+        return parts, tried, bad
 
 
 class SyntheticClips(AudioClips):
