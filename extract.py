@@ -18,11 +18,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from data import CANNOT_USE, AudioClips, LogMel, printable, write_atomically
-from model import (JEPAConfig, VisionTransformer, choose_amp, choose_device, frozen_encoder,
-                   keep_freed_memory, load_checkpoint)
+from model import (CORES, RANK, WORLD, JEPAConfig, VisionTransformer, choose_amp, choose_device,
+                   frozen_encoder, keep_freed_memory, load_checkpoint)
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-CORES = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # of this process
 OUR_NAMES = {"_orig_mod.": "", "patch_embed.proj": "patch_embed", "Wqkv": "qkv", "out_proj": "proj"}
 INERT = dict(__init__=lambda self, *_: None, __setstate__=lambda self, _: None)
 
@@ -351,8 +349,8 @@ def parse_args(argv):
     add("checkpoint", help="last.pt or step-*.pt of train.py, or the authors' file")
     add("data", help="as train.py's --data, except a packed folder; for --probe, folders by split and label")
     add("--out", metavar="FILE.npz", help="write embeddings")
-    add("--bands", choices=["concat", "mean"], default="concat", help="frequency bands of a column")
-    add("--pool", choices=["clip", "time"], default="clip", help="a row a recording, or a row each 625 ms")
+    add("--bands", choices=["concat", "mean"], default="concat", help="of --out: frequency bands of a column")
+    add("--pool", choices=["clip", "time"], default="clip", help="of --out: a row a recording or each 625 ms")
     add("--encoder", choices=["target", "context"], default="target", help="which of the two")
     add("--probe", nargs="+", choices=["knn", "xares-knn", "linear", "attentive"], help="measure accuracies")
     add("--folds", type=int, help="cross-validate on LABEL/*; without it, a fifth of the clips is the test")

@@ -29,6 +29,9 @@ from torch import nn
 
 
 CHECKPOINT_FORMAT = "audio-jepa 1"
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+CORES = max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # of this process
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 """What this project claims, as an executable specification: one claim a test, by the file that makes it.
 
     python -m pytest -q -rs
+    HEAVY=1 python -m pytest -q -k heavy      20 kills, a broken corpus, 3000 steps: over an hour on two cores
 
 model.py    sizes, positions, initialisation, what each network sees, the loss, where gradients go
 masking.py  random and block masks, their reproducibility, the EMA and its schedule
@@ -42,6 +43,7 @@ import train
 from model import JEPAConfig, JEPA, Predictor, PRESETS, VisionTransformer
 
 HERE = Path(__file__).parent
+heavy = pytest.mark.skipif("HEAVY" not in os.environ, reason="takes tens of minutes: HEAVY=1 runs it")
 torch.set_num_threads(1)  # networks this small gain nothing from more
 SMALL = JEPAConfig(
     time_bins=64,
@@ -847,7 +849,7 @@ def test_accumulation_is_the_same_run(reference, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and same(checkpoint, reference[0], tolerance=1e-4)
 
 
-def torchrun(out, processes, *flags):
+def torchrun(out, processes, *flags, script="train.py", launcher=()):
     return subprocess.run(
         [
             sys.executable,
@@ -855,7 +857,8 @@ def torchrun(out, processes, *flags):
             "torch.distributed.run",
             "--standalone",
             f"--nproc_per_node={processes}",
-            "train.py",
+            *launcher,
+            str(script),
             *TINY,
             "--out",
             str(out),
@@ -877,6 +880,51 @@ def test_two_processes_are_the_same_run(reference, tmp_path):
         assert values[0] == pytest.approx(values[1], rel=1e-3 if name == "grad_norm" else 1e-4)
     assert same(checkpoint, reference[0], tolerance=1e-4)
     assert not any(name.startswith(("module.", "_orig_mod.")) for name in checkpoint["context_encoder"])
+
+
+UNLUCKY = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {here!r})
+import train
+
+def unlucky(run, step, batches, real=train.train_step, dead=Path(__file__ + ".dead")):
+    if train.RANK == 1 and step == 12 and not dead.exists():
+        dead.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    poison = float("nan") if train.RANK == 1 and step in (3, 4) else 1.0
+    hook = run.model.predictor.mask_token.register_hook(lambda grad: grad * poison)
+    answer = real(run, step, batches)
+    hook.remove()
+    return answer
+
+train.train_step = unlucky
+train.main()
+"""
+
+
+@pytest.fixture(scope="module")
+def unlucky(tmp_path_factory):
+    """Two processes, the second with a NaN in its gradient at steps 3 and 4; killed, once, at step 12."""
+    out = tmp_path_factory.mktemp("unlucky")
+    (out / "unlucky.py").write_text(UNLUCKY.format(here=str(HERE)))
+    launcher = ("--max-restarts", "3", "--monitor-interval", "0.2")
+    done = torchrun(out, 2, "--save-every", 10, script=out / "unlucky.py", launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_a_nan_in_the_gradient_of_one_process_makes_all_skip_the_step(unlucky):
+    checkpoint, log = read_run(unlucky)
+    assert [int(row["skipped"]) for row in log[2:6]] == [0, 1, 2, 2]
+    assert checkpoint["optimizer"]["state"][0]["step"] == 18
+    assert same(checkpoint, checkpoint)  # no NaN, which would not equal itself
+
+
+def test_torchrun_restarts_a_run_whose_process_was_killed(unlucky):
+    checkpoint, log = read_run(unlucky)
+    assert (unlucky / "unlucky.py.dead").exists() and checkpoint["step"] == 20
+    assert [int(row["step"]) for row in log] == list(range(1, 21))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

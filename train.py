@@ -7,14 +7,11 @@
 `train_step` is the method. Masks, clips, windows and schedules are pure functions of (seed, step): on one
 process or several, accumulated, or cut off and started again with the same --out, it is the same run.
 """
-import argparse, copy, dataclasses, fcntl, functools, itertools, math, multiprocessing, os, random
-import signal, sys, threading, time
-from contextlib import nullcontext
+import argparse, contextlib, copy, dataclasses, fcntl, functools, itertools, math, multiprocessing, os
+import random, signal, sys, threading, time, types
 from pathlib import Path
-from types import SimpleNamespace
 
-import torch
-import torch.distributed as dist
+import torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -22,15 +19,12 @@ from tqdm import tqdm
 from data import (CANNOT_USE, FRAMES_PER_SECOND, AudioClips, LogMel, SyntheticClips, printable,
                   write_atomically)
 from masking import block_mask, draw_masks, ema_decay, random_mask, update_ema
-from model import (CHECKPOINT_FORMAT, JEPA, LOSSES, PRESETS, choose_amp, choose_device,
+from model import (CHECKPOINT_FORMAT, CORES, JEPA, LOSSES, PRESETS, RANK, WORLD, choose_amp, choose_device,
                    gflops_per_clip, keep_freed_memory, load_checkpoint, memory_gib, monitors, save_checkpoint)
 
 MASKS = {"random": random_mask, "block": block_mask}
 FREE = ("data", "out", "accum", "compile", "workers", "save_every", "log_every", "benchmark")  # may change
 PROGRESS = dict(step=0, losses=(), tried=0, bad=0, skipped=0, skipped_in_a_row=0)  # losses: not yet logged
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-CORES = max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # of this process
 
 
 def fail(message, code=2):
@@ -129,7 +123,7 @@ def train_step(run, step, batches):
     for context_idx, target_idx in zip(*masks):
         spectrogram = next(batches)  # [B, 1, T, F]
         last = len(pooled) == args.accum - 1  # its backward pass averages the gradients over the processes
-        with nullcontext() if last or not dist.is_initialized() else run.trained.no_sync():
+        with contextlib.nullcontext() if last or not dist.is_initialized() else run.trained.no_sync():
             with torch.autocast(run.device.type, run.amp, enabled=run.amp != torch.float32):
                 # 2. Targets: the target encoder sees the whole clip, and gets no gradient.
                 with torch.no_grad():
@@ -260,7 +254,13 @@ def build(args, clips, config, checkpoint, device):
     if device.type == "cpu" and WORLD > 1:  # torchrun gives a process one thread, however many there are
         torch.set_num_threads(CORES)
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # torchrun's store keeps what killed processes wrote (pytorch#135712): so another prefix for each
+        # restart, on one machine; several do not count restarts alike.
+        alone = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+        prefix = os.environ.get("TORCHELASTIC_RESTART_COUNT", "") if alone else ""
+        store = dist.PrefixStore(prefix, next(dist.rendezvous("env://"))[0])
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD)
     torch.manual_seed(args.seed)
     model = JEPA(config, args.loss).to(device)
     target_encoder = copy.deepcopy(model.context_encoder).requires_grad_(False).eval()
@@ -270,7 +270,7 @@ def build(args, clips, config, checkpoint, device):
     groups = [dict(params=[p for p in model.parameters() if p.ndim > 1], weight_decay=args.weight_decay),
               dict(params=[p for p in model.parameters() if p.ndim < 2], weight_decay=0.0)]
     amp, front_end = choose_amp(args.amp, device), (args.sample_rate, args.clip_seconds, config.time_bins)
-    run = SimpleNamespace(
+    run = types.SimpleNamespace(
         args=args, clips=clips, config=config, device=device, model=model, trained=model, amp=amp,
         target_encoder=target_encoder, optimizer=torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True),
         scaler=torch.amp.GradScaler(device.type, enabled=amp == torch.float16), out=Path(args.out),
