@@ -283,7 +283,8 @@ def save_checkpoint(checkpoint, path):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}; the one before is kept") from error
+        reason = str(error.__context__ or error).splitlines()[0]  # torch's writer hides what the disk said
+        raise OSError(f"cannot write {path}: {reason}; the one before is kept") from error
 
 
 def load_checkpoint(path):
