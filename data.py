@@ -15,16 +15,15 @@ from torchaudio.compliance import kaldi
 from tqdm import tqdm
 
 AUDIO = (b".wav", b".flac", b".ogg", b".oga", b".opus", b".mp3", b".aiff", b".aif")
-CANNOT_USE = (OSError, ValueError, RuntimeError, MemoryError, csv.Error)  # soundfile's is a RuntimeError
-FRAMES_PER_SECOND, PATCH_FRAMES = 25.6, 16  # 256 frames in 10 s, at every clip length: a patch is 625 ms
+CANNOT_USE = (OSError, ValueError, RuntimeError, MemoryError, ArithmeticError, csv.Error)
+FRAME_RATE, PATCH_FRAMES = 25.6, 16  # 256 frames in 10 s, at every clip length: a patch is 625 ms
 FLOOR = torch.finfo(torch.float32).eps  # Kaldi's least power: digital silence becomes log(FLOOR) = -15.9
 resampler = functools.lru_cache(64)(torchaudio.transforms.Resample)  # one kernel for each pair of rates
-map_frames = functools.lru_cache(None)(lambda path: np.asarray(np.load(os.fsdecode(path), mmap_mode="r")))
+map_frames = functools.lru_cache(200)(lambda path: np.asarray(np.load(path, mmap_mode="r")))  # open files
 
 
 class LogMel(torch.nn.Module):
     """Kaldi's log-mel filter bank, batched, on the device of its input.
-
     (waveform [B, samples], in [-1, 1]) -> [B, 1, time_bins, mel_bins], (log-mel - mean) / std. A frame every
     hop of sample_rate * clip_seconds / time_bins samples (1250), through a window of 2.5 hops: mean removed,
     pre-emphasis 0.97, Hann, power, HTK mel from 20 Hz, natural log. ValueError if the hop is not whole.
@@ -35,8 +34,8 @@ class LogMel(torch.nn.Module):
         self.config = dict(sample_rate=sample_rate, clip_seconds=clip_seconds, time_bins=time_bins,
                            mel_bins=mel_bins, mean=mean, std=std)
         hop = sample_rate * clip_seconds / time_bins
-        if not (1 <= hop <= 2**16 and hop == int(hop) and 0 < mel_bins <= 2**12):
-            raise ValueError(f"{sample_rate} Hz x {clip_seconds} s / {time_bins} frames: hop {hop} not whole")
+        if not (1 <= hop <= 2**16 and not hop % 1 and 0 < mel_bins * hop < 4e6 and abs(mean) < 99 > std > 0):
+            raise ValueError(f"the hop {hop} is not whole, or a number out of range: {self.config}")
         self.hop, self.window_length, self.mean, self.std = int(hop), int(2.5 * hop), mean, std
         self.fft_length = 2 ** math.ceil(math.log2(self.window_length))
         self.register_buffer("window", torch.hann_window(self.window_length, False), persistent=False)
@@ -47,8 +46,8 @@ class LogMel(torch.nn.Module):
         self.used = [slice(bins[0], bins[-1] + 1) for bins in used]  # bins that each 16 filters use
 
     def frames(self, waveform):
-        """Raw log-mel: [B, samples] -> [B, round(samples / hop), mel_bins]."""
-        waveform = waveform - waveform.unfold(1, self.hop, self.hop).mean(2).mean(1, True)  # for the rounding
+        """Raw log-mel: [B, samples], a hop at least -> [B, round(samples / hop), mel_bins]."""
+        waveform = waveform - waveform.unfold(1, self.hop, self.hop).mean(2).mean(1, True)  # costs digits
         count = (waveform.shape[1] + self.hop // 2) // self.hop
         left = self.window_length // 2 - self.hop // 2  # half a window before the middle of the first hop
         right = (count - 1) * self.hop + self.window_length - left - waveform.shape[1]
@@ -68,7 +67,7 @@ class LogMel(torch.nn.Module):
         return ((frames.float() - self.mean) / self.std).unsqueeze(1)
 
     def forward(self, waveform):
-        size = 1 if waveform.device.type == "cpu" else len(waveform)  # one clip's frames stay in the caches
+        size = 1 if waveform.device.type == "cpu" else len(waveform)  # a clip at a time stays in its caches
         return self.normalise(torch.cat([self.frames(part) for part in waveform.split(size)]))
 
 
@@ -122,7 +121,7 @@ def tar_members(root, shard):
     """The audio in an uncompressed tar: to be read in place, by offset."""
     try:
         with tarfile.open(os.path.join(root, shard), "r:") as tar:
-            for member in tar:
+            for member in itertools.takewhile(lambda member: member.size >= 0, tar):  # else it never ends
                 name = os.fsencode(member.name)
                 if member.isfile() and name.lower().endswith(AUDIO):
                     yield b"%s/%s\0%s\0%d\0%d" % (shard, name, shard, member.offset_data, member.size)
@@ -193,7 +192,7 @@ class AudioFiles:
             rate, frames = sound.samplerate, sound.frames
             count = math.ceil(length * rate / self.sample_rate)
             start = int(rng.random() * (frames - count + 1)) if count < frames < 2**40 else 0
-            if start + count > 30 * rate:  # else no seek: in compressed audio it is slow, and long was faulty
+            if start + count > 30 * rate:  # else no seek: slow in compressed audio, and long faulty there
                 sound.seek(start)
                 start = 0
             return resample(self.read(sound, start + count)[start:], rate, self.sample_rate)[:length]
@@ -213,7 +212,10 @@ class PackedFrames(AudioFiles):
         _, shard, first, count = self.entries[i].split(b"\0")
         first, count = int(first), int(count)
         start = first + int(rng.random() * max(count - length + 1, 1))
-        return map_frames(os.path.join(self.root, shard))[start : min(start + length, first + count)]
+        shard = map_frames(os.fsdecode(os.path.join(self.root, shard)))
+        if shard.dtype != np.float16 or shard.shape[1:] != (128,):
+            raise ValueError("no packed frames")
+        return shard[start : min(start + length, first + count)]
 
 
 class AudioClips(Dataset):
@@ -233,14 +235,14 @@ class AudioClips(Dataset):
                 if (rate := json.load(file)["sample_rate"]) != sample_rate:
                     raise ValueError(f"{path}: packed at {rate} Hz, not at {sample_rate}")
             self.source = PackedFrames(path, np.load(os.path.join(path, "index.npy"), mmap_mode="r"), rate)
-            self.length, self.patch = round(clip_seconds * FRAMES_PER_SECOND), PATCH_FRAMES
+            self.length, self.patch = round(clip_seconds * FRAME_RATE), PATCH_FRAMES
             self.silence = math.log(FLOOR)
         else:
             root = path if os.path.isdir(path) else os.path.dirname(path)
             entries = find_recordings(path) if index_file is None else np.load(index_file, mmap_mode="r")
             self.source, self.silence = AudioFiles(root, entries, sample_rate), 0.0
             self.length, self.patch = round(clip_seconds * sample_rate), round(sample_rate * 0.625)
-        if not len(self):
+        if (self.source.entries.dtype.kind, self.source.entries.ndim) != ("S", 1) or not len(self):
             raise ValueError(f"{path}: nothing in it")
         self.fingerprint = f"{len(self)} recordings, crc {zlib.crc32(self.source.entries):08x}"
 
@@ -289,8 +291,7 @@ class SyntheticClips(AudioClips):
         self.seed, self.epoch, self.packed, self.fingerprint = seed, 0, False, "synthetic clips"
         self.source, self.entries, self.silence = self, range(num_clips), 0.0
         self.length = self.patch = round(sample_rate * clip_seconds)
-        rng = np.random.default_rng(seed)
-        kinds = ["note"] * 48 + ["chirp"] * 48 + ["burst"] * 48 + ["hit"] * 48
+        rng, kinds = np.random.default_rng(seed), np.repeat(["note", "chirp", "burst", "hit"], 48)
         self.sounds = [self.sound(kind, sample_rate, rng) for kind in kinds]  # once: clips only add
         self.floor = rng.standard_normal(2 * self.length, dtype=np.float32) * 1e-3
 
@@ -374,8 +375,7 @@ def pack(path, out, sample_rate):
                 if reason:
                     tqdm.write(f"left out: {printable(clips.name(i))}: {reason}")
                 else:
-                    path = clips.source.entries[i].split(b"\0")[0]
-                    rows.append(b"%s\0%s\0%d\0%d" % (path, name.encode(), first, len(answer)))
+                    rows.append(os.fsencode(f"{clips.name(i)}\0{name}\0{first}\0{len(answer)}"))
                     frames, first = frames + [answer], first + len(answer)
             write_atomically(os.path.join(out, name), np.concatenate(frames))
             write_atomically(os.path.join(out, "index-" + name), np.array(rows, "S"))
@@ -386,6 +386,7 @@ def pack(path, out, sample_rate):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.error = lambda message: parser.exit(2, f"data.py: error: {message}\n")  # one line
     parser.add_argument("command", choices=("scan", "pack"))
     parser.add_argument("path", help="what --data takes")
     parser.add_argument("out", nargs="?", default="packed", help="of pack: folder to write (default: packed)")
@@ -396,5 +397,4 @@ if __name__ == "__main__":
             raise ValueError(f"{args.path}: is packed already")
         scan(args.path) if args.command == "scan" else pack(args.path, args.out, args.sample_rate)
     except CANNOT_USE as error:
-        print(f"data.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        parser.error(error)

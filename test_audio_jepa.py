@@ -605,6 +605,43 @@ def test_a_tar_with_a_path_in_it_is_only_read(tmp_path):
     assert data.AudioClips(tmp_path / "t")[0].any() and sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_tar_whose_member_has_a_negative_size_comes_to_an_end(tmp_path):
+    corpus(tmp_path / "c", 2)
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        tar.add(tmp_path / "c" / "000.wav", "a.wav")
+        lie = tarfile.TarInfo("b.wav")
+        lie.size = -512
+        tar.fileobj.write(lie.tobuf(tarfile.GNU_FORMAT))
+    assert [entry.split(b"\0")[0] for entry in data.find_recordings(tmp_path / "x.tar")] == [b"x.tar/a.wav"]
+
+
+@pytest.mark.parametrize("wrong", ["width", "type", "index", "shape", "size", "place"])
+def test_a_packed_folder_that_lies_is_refused(tmp_path, wrong):
+    place = "../gone.npy" if wrong == "place" else "s.npy"
+    entries = np.array([f"a.wav\0{place}\x000\0{'9' * 400 if wrong == 'size' else 300}".encode()])
+    entries = dict(index=np.arange(3), shape=entries[None]).get(wrong, entries)
+    frames = dict(width=np.zeros((300, 64), np.float16), type=np.zeros((300, 128), "S4")).get(wrong)
+    np.save(tmp_path / "index.npy", entries)
+    np.save(tmp_path / "s.npy", np.zeros((300, 128), np.float16) if frames is None else frames)
+    (tmp_path / "pack.json").write_text('{"sample_rate": 32000}')
+    if wrong in ("index", "shape"):
+        with pytest.raises(ValueError, match="nothing in it"):
+            data.AudioClips(tmp_path)
+    else:
+        batch, _, bad = data.AudioClips(tmp_path).__getitems__([(0, 0)])
+        assert batch is None and len(bad) == 10 and all(reason for _, reason in bad)
+
+
+def test_many_shards_need_few_open_files(tmp_path):
+    for n in range(300):
+        np.save(tmp_path / f"{n}.npy", np.zeros((300, 128), np.float16))
+    np.save(tmp_path / "index.npy", np.array([f"{n}.wav\0{n}.npy\x000\x00300".encode() for n in range(300)]))
+    (tmp_path / "pack.json").write_text('{"sample_rate": 32000}')
+    clips, before = data.AudioClips(tmp_path), len(os.listdir("/proc/self/fd"))
+    assert not any(bad for _, _, bad in map(clips.__getitems__, ([(0, n)] for n in range(300))))
+    assert len(os.listdir("/proc/self/fd")) - before <= 200
+
+
 def test_the_index_is_one_flat_buffer(tmp_path):
     names = data.find_recordings(corpus(tmp_path, 3))
     assert names.dtype.kind == "S" and names.tolist() == [b"000.wav", b"001.wav", b"002.wav"]
@@ -1184,6 +1221,9 @@ def test_a_checkpoint_whose_config_or_state_lies_is_refused(tmp_path, capsys):
         dict(format="another 7"),
         dict(settings=[]),
         dict(losses="none"),
+        dict(losses=(10**400,)),
+        dict(config=checkpoint["config"] | dict(log_mel=dict(mean=math.nan, std=1.0))),
+        dict(optimizer=checkpoint["optimizer"] | dict(state={0: dict(step=torch.tensor(1.0))})),
     ]
     lies += [
         dict(target_encoder=checkpoint["target_encoder"] | {"norm.weight": torch.zeros(1).expand(10**12)})
@@ -1230,16 +1270,16 @@ def started(pid):
 @pytest.mark.parametrize("victim,kills", [("process", 8), ("worker", 4), ("rank", 8)])
 def test_heavy_kills_at_any_moment_leave_no_trace(tmp_path, victim, kills):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] * (victim == "rank")
-    flags = [*TINY, "--workers", "1", "--steps", "400", "--save-every", "3", "--log-every", "5"]
+    flags = [*TINY, "--workers", "1", "--steps", "400", "--log-every", "5", "--out"]
 
-    def start(out):
-        command = [sys.executable, *launcher, "train.py", *flags, "--out", str(out)]
+    def start(out, *more):
+        command = [sys.executable, *launcher, "train.py", *flags, str(out), *more]
         return subprocess.Popen(command, cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     assert start(tmp_path / "whole").wait() == 0
     whole, killed = read_run(tmp_path / "whole"), 0
     while killed < kills:
-        process = start(tmp_path / "killed")
+        process = start(tmp_path / "killed", "--save-every", "7")
         time.sleep(random.uniform(4, 14))
         victims = [process.pid] if victim == "process" else started(process.pid)
         if process.poll() is None and victims:
@@ -1247,7 +1287,9 @@ def test_heavy_kills_at_any_moment_leave_no_trace(tmp_path, victim, kills):
             killed += 1
         process.wait(120)
         if (tmp_path / "killed" / "last.pt").exists():
-            assert torch.load(tmp_path / "killed" / "last.pt", weights_only=True)["step"] % 3 in (0, 1)
+            assert torch.load(tmp_path / "killed" / "last.pt", weights_only=True)["step"] % 7 in (0, 1)
+        for checkpoint in (tmp_path / "killed").glob("step-*.pt"):  # 92 MB each
+            checkpoint.unlink()
     assert start(tmp_path / "killed").wait() == 0
     again = read_run(tmp_path / "killed")
     assert same(whole[0], again[0]) and steady(whole[1]) == steady(again[1])
@@ -1266,7 +1308,7 @@ def test_heavy_3000_steps_neither_grow_nor_leave_anything_open(tmp_path, monkeyp
 
     monkeypatch.setattr(train, "train_step", watched)
     before = len(os.listdir("/proc/self/fd"))
-    pretrain(tmp_path, "--steps", 3000, "--workers", 2, "--save-every", 500)
+    pretrain(tmp_path, "--steps", 3000, "--workers", 2, "--save-every", 1000)
     assert len(memory) == 30 and max(memory) < 1.03 * memory[0] and max(files) - min(files) <= 4
     assert not multiprocessing.active_children() and len(os.listdir("/proc/self/fd")) <= before + 2
 
@@ -1735,6 +1777,10 @@ def test_a_file_that_is_damaged_or_lies_is_refused_with_its_name(paper_file, tmp
         dict(config=config | dict(model=config["model"] | dict(depth=1024))),
         dict(config=config | dict(log_mel=config["log_mel"] | dict(std=0.0))),
         dict(config=config | dict(log_mel=config["log_mel"] | dict(mel_bins=64))),
+        dict(config=config | dict(log_mel=config["log_mel"] | dict(time_bins=0))),
+        dict(config=config | dict(log_mel=config["log_mel"] | dict(sample_rate=10**400))),
+        dict(config=config | dict(log_mel=config["log_mel"] | dict(sample_rate=32000.0))),
+        dict(config=config | dict(log_mel=config["log_mel"] | dict(sample_rate=32, clip_seconds=320.0))),
         dict(target_encoder=target | {"norm.weight": torch.zeros(1).expand(64)}),
         dict(target_encoder=target | {"norm.weight": torch.full((64,), math.nan)}),
         dict(target_encoder=target | {"norm.weight": torch.zeros(1).expand(10**12)}),

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import (CANNOT_USE, FRAMES_PER_SECOND, AudioClips, LogMel, SyntheticClips, printable,
+from data import (CANNOT_USE, FRAME_RATE, AudioClips, LogMel, SyntheticClips, printable,
                   write_atomically)
 from masking import block_mask, draw_masks, ema_decay, random_mask, update_ema
 from model import (CHECKPOINT_FORMAT, CORES, JEPA, LOSSES, PRESETS, RANK, WORLD, choose_amp, choose_device,
@@ -95,7 +95,7 @@ def spectrograms(run, batches):
         if bad:
             note_bad_files(run.out / "bad_files.txt", bad)
         if batch is None:
-            fail(f"ten recordings in a row cannot be used, the last is {': '.join(bad[-1])}", 1)
+            fail(f"ten recordings in a row cannot be used, the last is {printable(': '.join(bad[-1]))}", 1)
         batch = batch.to(run.device, non_blocking=True)
         yield run.log_mel.normalise(batch) if run.clips.packed else run.log_mel(batch)
 
@@ -134,7 +134,7 @@ def train_step(run, step, batches):
         loss_sum += loss.detach() / WORLD
         pooled.append(targets.mean(1))
 
-    # 4. Optimiser. All processes hold the same gradient by now: if it is not finite, all skip the step.
+    # 4. Optimiser. DDP has averaged the gradients: if one was not finite, all processes see it, and skip.
     counts = torch.tensor([*run.reads, run.told_to_stop.is_set()], dtype=torch.float32, device=run.device)
     report = torch.cat([loss_sum.view(1), counts])
     if dist.is_initialized():
@@ -192,15 +192,15 @@ def train(run):
         if stop:
             break
     if RANK == 0:
-        print(f"{run.step} of {args.steps} steps done, saved in {run.out / 'last.pt'}")
+        print(f"{run.step} of {args.steps} steps done, saved in {printable(run.out / 'last.pt')}")
 
 
 def cut_log(path, step):
     """Drop the lines of steps that will be logged again."""
     if path.exists():
-        lines = path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",")[0]) <= step]
-        write_atomically(path, "".join(lines[:1] + kept if step else []).encode())
+        lines = path.read_text(errors="replace").rpartition("\n")[0].splitlines()  # less half a line
+        kept = [line for line in lines[1:] if (at := line.split(",")[0]).isdecimal() and int(at) <= step]
+        write_atomically(path, "".join(f"{line}\n" for line in lines[:1] + kept if step).encode())
 
 
 def write_log(path, row):
@@ -227,23 +227,24 @@ def resume(run, checkpoint):
     """Continue where a checkpoint stands -> mean and std of the log-mel."""
     try:
         for name, value in run.settings.items():
-            if checkpoint["settings"][name] != value:
+            if (theirs := checkpoint["settings"][name]) != value:
                 fail(f"--{name.replace('_', '-')} is {value}, but the run in {run.out} has "
-                     f"{checkpoint['settings'][name]}: keep to it, or start another run with another --out")
+                     f"{printable(str(theirs))}: keep to it, or start another run with another --out")
         for part in ("context_encoder", "predictor"):
             getattr(run.model, part).load_state_dict(checkpoint[part])
         for part in ("target_encoder", "optimizer", "scaler"):
             getattr(run, part).load_state_dict(checkpoint[part])
-        if any(tensor.ndim and tensor.shape != parameter.shape
-               for parameter, state in run.optimizer.state.items() for tensor in state.values()):
-            raise ValueError("an optimizer state of another shape than its parameter")
+        for p, state in run.optimizer.state.items():
+            if not (state["step"] >= 0 and state["exp_avg"].shape == state["exp_avg_sq"].shape == p.shape):
+                raise ValueError("an optimizer state of another shape than its parameter")
         for name, start in PROGRESS.items():
             if type(checkpoint[name]) is not type(start) or not 0 <= checkpoint["step"] <= run.args.steps:
                 raise ValueError(f"{name} is {checkpoint[name]!r:.40}")
             setattr(run, name, checkpoint[name])
         run.losses = tuple(map(float, run.losses))
         mean, std = (float(checkpoint["config"]["log_mel"][name]) for name in ("mean", "std"))
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+        LogMel(mean=mean, std=std)  # refuses what they cannot be
+    except Exception as error:  # whatever an untrusted file makes us raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         fail(f"{run.out / 'last.pt'}: refused, not a whole checkpoint of this run ({reason})")
     return mean, std
@@ -255,10 +256,9 @@ def build(args, clips, config, checkpoint, device):
         torch.set_num_threads(CORES)
     if "RANK" in os.environ:
         # torchrun's store keeps what killed processes wrote (pytorch#135712): so another prefix for each
-        # restart, on one machine; several do not count restarts alike.
-        alone = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
-        prefix = os.environ.get("TORCHELASTIC_RESTART_COUNT", "") if alone else ""
-        store = dist.PrefixStore(prefix, next(dist.rendezvous("env://"))[0])
+        # restart; on several machines their counts may differ, so none there.
+        restart = os.getenv("TORCHELASTIC_RESTART_COUNT", "") * (os.getenv("LOCAL_WORLD_SIZE") == str(WORLD))
+        store = dist.PrefixStore(restart, next(dist.rendezvous("env://"))[0])
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD)
     torch.manual_seed(args.seed)
@@ -342,7 +342,7 @@ def parse_args(argv):
     add("--mask-ratio", type=number_in(float, 1e-6, 1 - 1e-6), nargs=2, default=[0.4, 0.6],
         metavar=("LO", "HI"), help="share of the patches that is masked, drawn once a step")
     add("--sample-rate", type=number_in(int, 1000, 768000), default=32000, help="Hz, a multiple of 128")
-    add("--clip-seconds", type=number_in(float, 0.625, 3600), default=10.0, help="multiple of 0.625")
+    add("--clip-seconds", type=number_in(float, 0.625, 600), default=10.0, help="multiple of 0.625")
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="mixed precision")
     add("--compile", action="store_true", help="torch.compile the three networks")
     add("--workers", type=number_in(int, 0, 1024), default=max(1, min(16, CORES - 1)), help="of each process")
@@ -365,22 +365,22 @@ def main(argv=None):
     try:
         last.parent.mkdir(parents=True, exist_ok=True)
         checkpoint = load_checkpoint(last) if last.exists() and not args.benchmark else None
-        clips, bins = SyntheticClips(*front_end, args.seed), round(args.clip_seconds * FRAMES_PER_SECOND)
+        config = dataclasses.replace(PRESETS[args.model], time_bins=round(args.clip_seconds * FRAME_RATE))
+        LogMel(*front_end, config.time_bins)  # may refuse the rate: better now than after all else is built
+        clips = SyntheticClips(*front_end, args.seed)
         if args.data is not None:
             index = last.with_name("index.npy")  # what the run found in this place when it began
             known = checkpoint and checkpoint.get("data") == os.path.abspath(args.data) and index.exists()
             clips = AudioClips(args.data, *front_end, args.seed, index if known else None)
-        config = dataclasses.replace(PRESETS[args.model], time_bins=bins)
-        LogMel(*front_end, bins)  # may refuse the rate: better now than after the networks are built
         device = choose_device()
     except (*CANNOT_USE, KeyError, TypeError, EOFError) as error:
-        fail(str(error).splitlines()[0])
+        fail(" ".join(str(error).split()) or type(error).__name__)
     run = build(args, clips, config, checkpoint, device)
-    for name in (signal.SIGINT, signal.SIGTERM):
+    for name in (signal.SIGINT, signal.SIGTERM) * (not args.benchmark):
         signal.signal(name, lambda *_: run.told_to_stop.set())
     try:
         if RANK == 0 and not args.benchmark:
-            print(f"{clips.fingerprint}; {WORLD} processes; from step {run.step} on; log in {args.out}")
+            print(f"{clips.fingerprint}; {WORLD} processes; at step {run.step}; log in {printable(args.out)}")
             cut_log(run.out / "log.csv", run.step)
             if args.data is not None and not (clips.packed or checkpoint):
                 write_atomically(index, clips.source.entries)
