@@ -1097,7 +1097,7 @@ def test_every_bad_recording_of_a_corpus_is_replaced_and_listed_once(tmp_path):
     folder = corpus(tmp_path / "c", 20 * len(BROKEN), seconds=1.25)
     for n, how in enumerate(BROKEN):
         break_file(folder / f"bad {n}", how)
-    _, log = pretrain(tmp_path / "out", "--data", folder, "--steps", 100, "--batch-size", 12)
+    _, log = pretrain(tmp_path / "out", "--data", folder, "--steps", 60, "--batch-size", 12)
     lines = (tmp_path / "out" / "bad_files.txt").read_text().splitlines()
     names, reasons = zip(*(line.split("\t") for line in lines))
     assert sorted(Path(name).stem for name in names) == sorted(f"bad {n}" for n in range(len(BROKEN)))
