@@ -19,7 +19,8 @@ CANNOT_USE = (OSError, ValueError, RuntimeError, MemoryError, ArithmeticError, c
 FRAME_RATE, PATCH_FRAMES = 25.6, 16  # 256 frames in 10 s, at every clip length: a patch is 625 ms
 FLOOR = torch.finfo(torch.float32).eps  # Kaldi's least power: digital silence becomes log(FLOOR) = -15.9
 resampler = functools.lru_cache(64)(torchaudio.transforms.Resample)  # one kernel for each pair of rates
-map_frames = functools.lru_cache(200)(lambda path: np.asarray(np.load(path, mmap_mode="r")))  # open files
+fp16 = functools.partial(torch.from_file, shared=False, dtype=torch.float16)  # mapped, but not held open
+map_frames = functools.cache(lambda p: fp16(p, size=os.path.getsize(p) // 2).numpy().reshape(-1, 128))
 
 
 class LogMel(torch.nn.Module):
@@ -74,7 +75,7 @@ class LogMel(torch.nn.Module):
 def write_atomically(path, content):
     with open(f"{path}.{os.getpid()}.tmp", "wb") as file:
         np.save(file, content) if isinstance(content, np.ndarray) else file.write(content)
-        os.fsync(file.fileno())
+        os.fsync(file.flush() or file.fileno())
     os.replace(file.name, path)
 
 
@@ -212,10 +213,8 @@ class PackedFrames(AudioFiles):
         _, shard, first, count = self.entries[i].split(b"\0")
         first, count = int(first), int(count)
         start = first + int(rng.random() * max(count - length + 1, 1))
-        shard = map_frames(os.fsdecode(os.path.join(self.root, shard)))
-        if shard.dtype != np.float16 or shard.shape[1:] != (128,):
-            raise ValueError("no packed frames")
-        return shard[start : min(start + length, first + count)]
+        frames = map_frames(os.fsdecode(os.path.join(self.root, shard)))
+        return frames[start : min(start + length, first + count)]
 
 
 class AudioClips(Dataset):
@@ -368,18 +367,19 @@ def pack(path, out, sample_rate):
     work = functools.partial(all_frames, LogMel(sample_rate))
     os.makedirs(out, exist_ok=True)
     for begin in tqdm(range(0, len(clips), 1000), unit=" shards"):
-        name = f"{prefix}-{begin // 1000:06d}.npy"
-        if not os.path.exists(os.path.join(out, "index-" + name)):
-            frames, rows, first = [np.zeros((0, 128), np.float16)], [], 0
-            for i, answer, reason in in_workers(work, clips.source, range(len(clips))[begin : begin + 1000]):
-                if reason:
-                    tqdm.write(f"left out: {printable(clips.name(i))}: {reason}")
-                else:
-                    rows.append(os.fsencode(f"{clips.name(i)}\0{name}\0{first}\0{len(answer)}"))
-                    frames, first = frames + [answer], first + len(answer)
-            write_atomically(os.path.join(out, name), np.concatenate(frames))
-            write_atomically(os.path.join(out, "index-" + name), np.array(rows, "S"))
-        index += np.load(os.path.join(out, "index-" + name)).tolist()
+        name = f"{prefix}-{begin // 1000:06d}.f16"
+        if not os.path.exists(known := os.path.join(out, f"index-{name}.npy")):  # is written last
+            rows = []
+            with open(os.path.join(out, name), "wb") as file:
+                for i, mel, reason in in_workers(work, clips.source, range(len(clips))[begin : begin + 1000]):
+                    if reason:
+                        tqdm.write(f"left out: {printable(clips.name(i))}: {reason}")
+                    else:
+                        rows.append(os.fsencode(f"{clips.name(i)}\0{name}\0{file.tell() // 256}\0{len(mel)}"))
+                        file.write(mel)  # 256 bytes a frame
+                os.fsync(file.flush() or file.fileno())
+            write_atomically(known, np.array(rows, "S"))
+        index += np.load(known).tolist()
     write_atomically(os.path.join(out, "index.npy"), np.array(index))
     write_atomically(os.path.join(out, "pack.json"), json.dumps(dict(sample_rate=sample_rate)).encode())
 
