@@ -48,7 +48,7 @@ class LogMel(torch.nn.Module):
 
     def frames(self, waveform):
         """Raw log-mel: [B, samples], a hop at least -> [B, round(samples / hop), mel_bins]."""
-        waveform = waveform - waveform.unfold(1, self.hop, self.hop).mean(2).mean(1, True)  # costs digits
+        waveform = waveform - waveform.unfold(1, self.hop, self.hop).mean(2).mean(1, True)  # DC costs digits
         count = (waveform.shape[1] + self.hop // 2) // self.hop
         left = self.window_length // 2 - self.hop // 2  # half a window before the middle of the first hop
         right = (count - 1) * self.hop + self.window_length - left - waveform.shape[1]
