@@ -27,7 +27,7 @@ class LogMel(torch.nn.Module):
     """Kaldi's log-mel filter bank, batched, on the device of its input.
     (waveform [B, samples], in [-1, 1]) -> [B, 1, time_bins, mel_bins], (log-mel - mean) / std. A frame every
     hop of sample_rate * clip_seconds / time_bins samples (1250), through a window of 2.5 hops: mean removed,
-    pre-emphasis 0.97, Hann, power, HTK mel from 20 Hz, natural log. ValueError if the hop is not whole.
+    pre-emphasis 0.97, Hann, power, HTK mel from 20 Hz, natural log. ValueError: no whole hop, no sane number.
     """
 
     def __init__(self, sample_rate=32000, clip_seconds=10.0, time_bins=256, mel_bins=128, mean=0.0, std=1.0):
@@ -68,7 +68,7 @@ class LogMel(torch.nn.Module):
         return ((frames.float() - self.mean) / self.std).unsqueeze(1)
 
     def forward(self, waveform):
-        size = 1 if waveform.device.type == "cpu" else len(waveform)  # a clip at a time stays in its caches
+        size = 1 if waveform.device.type == "cpu" else len(waveform)  # one clip fits its caches
         return self.normalise(torch.cat([self.frames(part) for part in waveform.split(size)]))
 
 
