@@ -5,8 +5,7 @@
     python data.py pack PATH OUT    log-mel frames in memory-mapped shards: training reads no more audio
 
 PATH, as in `--data`: a folder tree, a .txt/.csv/.tsv list, or uncompressed .tar shards.
-A recording is a file or a member of a tar, of any length; a clip is what training sees, 10 s.
-"""
+A recording is a file or a member of a tar, of any length; a clip is what training sees, 10 s."""
 import argparse, csv, fractions, functools, io, itertools, json, math, os, random, re, sys, tarfile, zlib
 
 import numpy as np, soundfile, torch, torchaudio, torch.nn.functional as F
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 AUDIO = (b".wav", b".flac", b".ogg", b".oga", b".opus", b".mp3", b".aiff", b".aif")
 CANNOT_USE = (OSError, ValueError, RuntimeError, MemoryError, ArithmeticError, csv.Error)
-FRAME_RATE, PATCH_FRAMES = 25.6, 16  # 256 frames in 10 s, at every clip length: a patch is 625 ms
+FRAME_RATE = 25.6  # 256 frames in 10 s, at every clip length: a patch, 16 frames, is 625 ms
 FLOOR = torch.finfo(torch.float32).eps  # Kaldi's least power: digital silence becomes log(FLOOR) = -15.9
 resampler = functools.lru_cache(64)(torchaudio.transforms.Resample)  # one kernel for each pair of rates
 fp16 = functools.partial(torch.from_file, shared=False, dtype=torch.float16)  # mapped, but not held open
@@ -27,8 +26,7 @@ class LogMel(torch.nn.Module):
     """Kaldi's log-mel filter bank, batched, on the device of its input.
     (waveform [B, samples], in [-1, 1]) -> [B, 1, time_bins, mel_bins], (log-mel - mean) / std. A frame every
     hop of sample_rate * clip_seconds / time_bins samples (1250), through a window of 2.5 hops: mean removed,
-    pre-emphasis 0.97, Hann, power, HTK mel from 20 Hz, natural log. ValueError: no whole hop, no sane number.
-    """
+    pre-emphasis 0.97, Hann, power, HTK mel from 20 Hz, natural log. ValueError: no whole hop, absurd size."""
 
     def __init__(self, sample_rate=32000, clip_seconds=10.0, time_bins=256, mel_bins=128, mean=0.0, std=1.0):
         super().__init__()
@@ -39,7 +37,8 @@ class LogMel(torch.nn.Module):
             raise ValueError(f"the hop {hop} is not whole, or a number out of range: {self.config}")
         self.hop, self.window_length, self.mean, self.std = int(hop), int(2.5 * hop), mean, std
         self.fft_length = 2 ** math.ceil(math.log2(self.window_length))
-        self.register_buffer("window", torch.hann_window(self.window_length, False), persistent=False)
+        rest = 0, self.fft_length - self.window_length  # zeros up to the length of the FFT
+        self.register_buffer("window", F.pad(torch.hann_window(self.window_length, False), rest), False)
         low, high, no_warp = 20.0, sample_rate / 2, (100.0, -500.0, 1.0)
         filters = kaldi.get_mel_banks(mel_bins, self.fft_length, sample_rate, low, high, *no_warp)[0].T
         self.register_buffer("filters", filters, persistent=False)  # [fft / 2, mel]
@@ -52,12 +51,13 @@ class LogMel(torch.nn.Module):
         count = (waveform.shape[1] + self.hop // 2) // self.hop
         left = self.window_length // 2 - self.hop // 2  # half a window before the middle of the first hop
         right = (count - 1) * self.hop + self.window_length - left - waveform.shape[1]
-        x = torch.cat([waveform[:, : left + 1].flip(1), waveform, waveform[:, -right:].flip(1)], dim=1)
+        rest = waveform.new_zeros(len(waveform), self.fft_length - self.window_length)
+        x = torch.cat([waveform[:, : left + 1].flip(1), waveform, waveform[:, -right:].flip(1), rest], dim=1)
         # A frame less its mean m, pre-emphasised, is the pre-emphasised signal less 0.03 m, but for the first
         # sample, where Hann is 0: so the signal is filtered once, and not frame by frame, 2.5 times.
-        mean = x[:, 1:].unfold(1, self.window_length, self.hop).mean(2, keepdim=True)  # [B, T, 1]
-        x = torch.sub(x[:, 1:], x[:, :-1], alpha=0.97).unfold(1, self.window_length, self.hop)
-        spectrum = torch.fft.rfft((x - 0.03 * mean).mul_(self.window), n=self.fft_length)[..., :-1]
+        mean = x[:, 1:].unfold(1, self.window_length, self.hop)[:, :count].mean(2, keepdim=True)  # [B, T, 1]
+        x = torch.sub(x[:, 1:], x[:, :-1], alpha=0.97).unfold(1, self.fft_length, self.hop)
+        spectrum = torch.fft.rfft((x - 0.03 * mean).mul_(self.window))[..., :-1]
         power = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)  # [B, T, fft / 2]
         # Filters are narrow: 16 at a time, without most of their zeros, it all takes a fifth less on a CPU.
         mel = [power[..., bins] @ part[bins] for bins, part in zip(self.used, self.filters.split(16, dim=1))]
@@ -194,8 +194,7 @@ class AudioFiles:
             count = math.ceil(length * rate / self.sample_rate)
             start = int(rng.random() * (frames - count + 1)) if count < frames < 2**40 else 0
             if start + count > 30 * rate:  # else no seek: slow in compressed audio, and long faulty there
-                sound.seek(start)
-                start = 0
+                start -= sound.seek(start)  # nothing of what is read is cut off then
             return resample(self.read(sound, start + count)[start:], rate, self.sample_rate)[:length]
 
     def windows(self, i, length):
@@ -222,10 +221,9 @@ class AudioClips(Dataset):
     `clips[i]` is clip i of the epoch chosen with `set_epoch`, a pure function of (seed, epoch, i). A longer
     recording gives a random window. A shorter one is filled up, end to end, with others, lest most patches be
     the same silence; only less than a patch of rest is silent. One that cannot be used is replaced likewise.
-    A DataLoader asks for the (epoch, i) of a batch and gets (batch, tried, bad): the number of recordings
-    read, and (name, reason) of those that could not be used. The batch is None if ten in a row could not.
-    ValueError if there is no audio. `index_file`: what `find_recordings` gave before, as a .npy to be mapped.
-    """
+    Any DataLoader takes it. That of train.py asks for a batch by its (epoch, i) and gets (batch, tried, bad):
+    the number of recordings read, and (name, reason) of those that could not be used; the batch is None if
+    ten in a row could not. ValueError: no audio. `index_file`: a .npy of what `find_recordings` gave."""
 
     def __init__(self, path, sample_rate=32000, clip_seconds=10.0, seed=0, index_file=None):
         self.seed, self.epoch, self.packed = seed, 0, os.path.isfile(os.path.join(path, "pack.json"))
@@ -234,8 +232,7 @@ class AudioClips(Dataset):
                 if (rate := json.load(file)["sample_rate"]) != sample_rate:
                     raise ValueError(f"{path}: packed at {rate} Hz, not at {sample_rate}")
             self.source = PackedFrames(path, np.load(os.path.join(path, "index.npy"), mmap_mode="r"), rate)
-            self.length, self.patch = round(clip_seconds * FRAME_RATE), PATCH_FRAMES
-            self.silence = math.log(FLOOR)
+            self.length, self.patch, self.silence = round(clip_seconds * FRAME_RATE), 16, math.log(FLOOR)
         else:
             root = path if os.path.isdir(path) else os.path.dirname(path)
             entries = find_recordings(path) if index_file is None else np.load(index_file, mmap_mode="r")
@@ -258,9 +255,12 @@ class AudioClips(Dataset):
         parts, _, bad = self.fetch(self.epoch, range(len(self))[i])
         if parts is None:
             raise RuntimeError(f"{len(bad)} recordings in a row cannot be used, at last {': '.join(bad[-1])}")
-        return torch.from_numpy(np.concatenate(parts))
+        ours = len(parts[0]) == self.length and not self.packed  # what is packed is part of a mapped file
+        return torch.from_numpy(parts[0] if ours else np.concatenate(parts))
 
     def __getitems__(self, keys):
+        if not isinstance(keys[0], tuple):  # a DataLoader that knows nothing of epochs
+            return [self[i] for i in keys]
         parts, tried, bad = zip(*(self.fetch(epoch, i) for epoch, i in keys))
         batch = None if None in parts else torch.from_numpy(np.concatenate(sum(parts, [])))  # copied once
         return None if batch is None else batch.unflatten(0, (-1, self.length)), sum(tried), sum(bad, [])

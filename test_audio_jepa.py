@@ -37,6 +37,7 @@ import pytest
 import soundfile
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import data
 import extract
@@ -498,6 +499,21 @@ def test_a_clip_is_a_pure_function_of_seed_epoch_and_index(tmp_path):
         clips.set_epoch(3)
         assert torch.equal(clips[2], first) and first.dtype == torch.float32 and first.shape == (40000,)
         assert torch.equal(clips.__getitems__([(3, 2), (4, 0)])[0][0], first)
+
+
+def test_any_data_loader_takes_the_clips(tmp_path):
+    clips = data.AudioClips(corpus(tmp_path / "c", 5), clip_seconds=2.5)
+    (batch,) = torch.utils.data.DataLoader(clips, batch_size=5, num_workers=1)
+    assert torch.equal(batch, torch.stack([clips[i] for i in range(5)]))
+
+
+def test_a_clip_is_the_readers_own_to_change(tmp_path):
+    data.pack(corpus(tmp_path / "c", 2, seconds=10), tmp_path / "p", 32000)
+    for path in (tmp_path / "c", tmp_path / "p"):
+        clips = data.AudioClips(path)
+        before = clips[0].clone()
+        clips[0].zero_()
+        assert before.any() and torch.equal(clips[0], before)
 
 
 def test_windows_of_a_long_recording_reach_every_second(tmp_path):
@@ -1149,6 +1165,18 @@ def test_every_choice_trains(tmp_path, flags):
     assert int(log[-1]["skipped"]) <= (
         10 if "fp16" in flags else 0
     )  # the scaler of fp16 finds its scale by skipping
+
+
+def test_compiled_networks_stop_recompiling_at_the_second_size_of_a_mask(tmp_path, monkeypatch):
+    counter, compile_with = CompileCounterWithBackend("aot_eager"), torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda network: compile_with(network, backend=counter))
+    small = dataclasses.replace(PRESETS["tiny"], depth=1, predictor_depth=1)
+    monkeypatch.setitem(PRESETS, "tiny", small)
+    _, eager = pretrain(tmp_path / "eager", "--steps", 6)
+    _, compiled = pretrain(tmp_path / "compiled", "--steps", 6, "--compile")
+    assert len({row["masked"] for row in compiled}) > 2 and counter.frame_count == 5  # target: one size only
+    losses = [[float(row["loss"]) for row in log] for log in (compiled, eager)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_what_is_wrong_with_the_data_is_said_in_one_line(tmp_path, capsys):
@@ -1868,7 +1896,17 @@ def test_every_flag_in_the_readme_exists_and_every_flag_is_read():
             assert re.search(rf"args\.{flag.replace('-', '_')}\b", source), f"nobody reads --{flag}"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_gpu
+def test_the_log_mel_of_a_gpu_is_that_of_a_cpu():
+    log_mel, waveform = data.LogMel(), torch.from_numpy(np.stack([noise(10), tone(10)]))
+    there = log_mel.to("cuda")(waveform.to("cuda")).cpu()
+    assert (there - log_mel.to("cpu")(waveform)).abs().max() < 0.01  # tf32 is allowed there
+
+
+@needs_gpu
 @pytest.mark.parametrize("flags", [[], ["--amp", "fp16"], ["--compile"]])
 def test_a_gpu_trains(tmp_path, flags):
     checkpoint, log = pretrain(tmp_path, "--amp", "auto", *flags)

@@ -96,8 +96,7 @@ def spectrograms(run, batches):
             note_bad_files(run.out / "bad_files.txt", bad)
         if batch is None:
             fail(f"ten recordings in a row cannot be used, the last is {printable(': '.join(bad[-1]))}", 1)
-        batch = batch.to(run.device, non_blocking=True)
-        yield run.log_mel.normalise(batch) if run.clips.packed else run.log_mel(batch)
+        yield run.front_end(batch.to(run.device, non_blocking=True))  # no name keeps the waveforms in memory
 
 
 def note_bad_files(path, bad):
@@ -279,18 +278,19 @@ def build(args, clips, config, checkpoint, device):
     run.settings |= dict(data=clips.fingerprint, amp=str(amp))
     mean, std = resume(run, checkpoint) if checkpoint else statistics(run)
     run.log_mel = LogMel(*front_end, mean=mean, std=std).to(device)
+    run.front_end = run.log_mel.normalise if clips.packed else run.log_mel
     if dist.is_initialized():
         run.trained = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     return run
 
 
 def benchmark(run):
-    """Print clips/s of each stage and of all together, each the median of five calls."""
-    args, steps = run.args, itertools.count()
+    """Print clips/s of each stage and of all together: medians of several calls, after three that warm up."""
+    args, steps = run.args, itertools.cycle(range(10))  # the same ten masks alone and all together
 
-    def rate(work, clips, calls=5):
+    def rate(work, clips, calls=7):
         times = []
-        for _ in range(3 + calls):  # the first three warm up
+        for _ in range(3 + calls):
             began = time.perf_counter()
             work()
             if run.device.type != "cpu":
@@ -298,15 +298,15 @@ def benchmark(run):
             times.append(time.perf_counter() - began)
         return clips / sorted(times[3:])[calls // 2]
     batches, rows = iter(loader(run, clip_order(args, len(run.clips), 0, 10**6))), {}
-    batch, _, _ = next(batches)
+    batch = next(batches)[0].to(run.device)
     rows["reading"] = rate(lambda: next(batches), len(batch), 25)  # more than workers fetch in advance
-    batch, front_end = batch.to(run.device), run.log_mel.normalise if run.clips.packed else run.log_mel
-    rows["log-mel"] = rate(lambda: front_end(batch), len(batch))
-    ready, stream = itertools.repeat(front_end(batch)), spectrograms(run, batches)
+    rows["log-mel"] = rate(lambda: run.front_end(batch), len(batch))
+    ready, stream = itertools.repeat(run.front_end(batch)), spectrograms(run, batches)
     rows["step alone"] = rate(lambda: train_step(run, next(steps), ready), args.batch_size)
     rows["all together"] = rate(lambda: train_step(run, next(steps), stream), args.batch_size)
-    a = torch.randn(4096, 4096, device=run.device, dtype=run.amp)
-    peak = rate(lambda: a @ a, 2 * 4096**3 / 1e12)
+    side = 4096 if run.device.type == "cpu" else 8192  # large enough for its best
+    a = torch.randn(side, side, device=run.device, dtype=run.amp)
+    peak = rate(lambda: a @ a, 2 * side**3 / 1e12)
     tflops = rows["step alone"] * sum(gflops_per_clip(run.config, sum(args.mask_ratio) / 2)) / 1e3 / WORLD
     if RANK == 0:
         print(f"{args.model}, batch {args.batch_size}, {run.amp}, compile {args.compile}, {WORLD} processes")
