@@ -89,13 +89,12 @@ def find_recordings(path):
     path = os.fsencode(path)
     if not os.path.exists(path):
         raise ValueError(f"{printable(path)}: does not exist")
-    root, name = os.path.split(path)
-    found = [name]
+    root, found = os.path.dirname(path), [os.path.basename(path)]
     if os.path.isdir(path):
         root = os.path.join(path, b"")
         tree = os.walk(path, onerror=lambda error: print(f"warning: {error}", file=sys.stderr))
         found = [os.path.join(folder, name)[len(root) :] for folder, _, names in tree for name in names]
-    elif name.lower().endswith((b".txt", b".csv", b".tsv")):
+    elif path.lower().endswith((b".txt", b".csv", b".tsv")):
         found = read_list(path)
     entries = [name for name in found if name.lower().endswith(AUDIO)]
     for shard in (name for name in found if name.lower().endswith(b".tar")):
@@ -181,7 +180,8 @@ class AudioFiles:
         waveform = sound.read(count, dtype="float32")
         if sound.channels > 1:
             waveform = waveform @ np.full(sound.channels, 1 / sound.channels, np.float32)
-        if len(waveform) < count and sound.frames < 2**40:  # above: a stream that does not say its length
+        spare = sound.samplerate // 5 * (sound.format == "OGG")  # real ones can end so much before they say
+        if (len(waveform) < count - spare or not sound.tell()) and sound.frames < 2**40:  # above: a stream
             raise ValueError("truncated")
         if len(waveform) and not max(waveform.max(), -waveform.min()) < 1e6:
             raise ValueError("holds NaN, Inf or numbers that are no sound")

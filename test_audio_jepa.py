@@ -592,6 +592,34 @@ def test_a_bad_recording_is_replaced_and_reported(tmp_path, how):
     assert (batch == 0.5).all()
 
 
+def promise(path, samples):
+    """Raise what the last page of an Ogg file says of its length."""
+    content = bytearray(path.read_bytes())
+    page = content.rindex(b"OggS")
+    length = int.from_bytes(content[page + 6 : page + 14], "little") + samples
+    content[page + 6 : page + 14], content[page + 22 : page + 26] = length.to_bytes(8, "little"), bytes(4)
+    crc = 0  # as libogg counts it
+    for byte in content[page:]:
+        crc ^= byte << 24
+        for _ in range(8):
+            crc = (crc << 1) ^ (0x104C11DB7 if crc & 1 << 31 else 0)
+    content[page + 22 : page + 26] = crc.to_bytes(4, "little")
+    path.write_bytes(content)
+
+
+def test_an_ogg_that_ends_a_little_early_is_read_and_one_that_ends_far_too_early_is_not(tmp_path):
+    for name, samples in (("a little.ogg", 3000), ("far.ogg", 100000)):
+        soundfile.write(tmp_path / name, tone(10), 32000)
+        promise(tmp_path / name, samples)
+    clips = data.AudioClips(tmp_path)
+    assert [clips.name(i) for i in range(2)] == ["a little.ogg", "far.ogg"]
+    with clips.source.open(0) as sound:
+        assert sound.frames == 323000
+    assert 320000 <= sum(map(len, clips.source.windows(0, 320000))) < 323000
+    with pytest.raises(ValueError, match="truncated"):
+        list(clips.source.windows(1, 320000))
+
+
 def test_ten_bad_recordings_in_a_row_are_no_clip(tmp_path):
     for i in range(3):
         break_file(tmp_path / str(i), "text")
