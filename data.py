@@ -194,7 +194,7 @@ class AudioFiles:
             count = math.ceil(length * rate / self.sample_rate)
             start = int(rng.random() * (frames - count + 1)) if count < frames < 2**40 else 0
             if start + count > 30 * rate:  # else no seek: slow in compressed audio, and long faulty there
-                start -= sound.seek(start)  # nothing of what is read is cut off then
+                start -= sound.seek(start)  # 0: it is read from there
             return resample(self.read(sound, start + count)[start:], rate, self.sample_rate)[:length]
 
     def windows(self, i, length):

@@ -16,8 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import (CANNOT_USE, FRAME_RATE, AudioClips, LogMel, SyntheticClips, printable,
-                  write_atomically)
+from data import CANNOT_USE, FRAME_RATE, AudioClips, LogMel, SyntheticClips, printable, write_atomically
 from masking import block_mask, draw_masks, ema_decay, random_mask, update_ema
 from model import (CHECKPOINT_FORMAT, CORES, JEPA, LOSSES, PRESETS, RANK, WORLD, choose_amp, choose_device,
                    gflops_per_clip, keep_freed_memory, load_checkpoint, memory_gib, monitors, save_checkpoint)
@@ -96,7 +95,7 @@ def spectrograms(run, batches):
             note_bad_files(run.out / "bad_files.txt", bad)
         if batch is None:
             fail(f"ten recordings in a row cannot be used, the last is {printable(': '.join(bad[-1]))}", 1)
-        yield run.front_end(batch.to(run.device, non_blocking=True))  # no name keeps the waveforms in memory
+        yield run.front_end(batch.to(run.device, non_blocking=True))  # nothing keeps the device's waveforms
 
 
 def note_bad_files(path, bad):
@@ -285,26 +284,27 @@ def build(args, clips, config, checkpoint, device):
 
 
 def benchmark(run):
-    """Print clips/s of each stage and of all together: medians of five calls, after three that warm up."""
-    args, steps = run.args, itertools.count()
-    def rate(work, clips, calls=5):
+    """Print clips/s of each stage and of all together, of all processes: medians, after three to warm up."""
+    args, steps, workers = run.args, itertools.count(), max(run.args.workers, 1)
+    def rate(work, clips, calls=5, repeat=1):
         times = []
         for _ in range(3 + calls):
             began = time.perf_counter()
-            work()
+            for _ in range(repeat):
+                work()
             if run.device.type != "cpu":
                 torch.accelerator.synchronize()
             times.append(time.perf_counter() - began)
-        return clips / sorted(times[3:])[calls // 2]
+        return clips * repeat / sorted(times[3:])[calls // 2]
     batches, rows = iter(loader(run, clip_order(args, len(run.clips), 0, 10**6))), {}
-    batch = next(batches)[0].to(run.device)
-    rows["reading"] = rate(lambda: next(batches), len(batch), 25)  # more than workers fetch in advance
-    rows["log-mel"] = rate(lambda: run.front_end(batch), len(batch))
-    ready, stream = itertools.repeat(run.front_end(batch)), spectrograms(run, batches)
+    stream = spectrograms(run, batches)
+    ready, batch = itertools.repeat(next(stream)), next(batches)[0].to(run.device)
+    rows["reading"] = rate(lambda: next(batches), len(batch) * WORLD, 25, workers)  # they deliver in bursts
+    rows["log-mel"] = rate(lambda: run.front_end(batch), len(batch) * WORLD)
     rate(lambda: train_step(run, next(steps), ready), 1)  # meets masks of many sizes, in memory and compiled
     args.mask_ratio = [sum(args.mask_ratio) / 2] * 2  # from here on of the mean size: steps are alike
     rows["step alone"] = rate(lambda: train_step(run, next(steps), ready), args.batch_size)
-    rows["all together"] = rate(lambda: train_step(run, next(steps), stream), args.batch_size)
+    rows["all together"] = rate(lambda: train_step(run, next(steps), stream), args.batch_size, 5, workers)
     a = torch.randn([4096 if run.device.type == "cpu" else 8192] * 2, device=run.device, dtype=run.amp)
     peak = rate(lambda: a @ a, 2 * len(a) ** 3 / 1e12)
     tflops = rows["step alone"] * sum(gflops_per_clip(run.config, args.mask_ratio[0])) / 1e3 / WORLD
