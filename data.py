@@ -37,8 +37,7 @@ class LogMel(torch.nn.Module):
             raise ValueError(f"the hop {hop} is not whole, or a number out of range: {self.config}")
         self.hop, self.window_length, self.mean, self.std = int(hop), int(2.5 * hop), mean, std
         self.fft_length = 2 ** math.ceil(math.log2(self.window_length))
-        rest = 0, self.fft_length - self.window_length  # zeros up to the length of the FFT
-        self.register_buffer("window", F.pad(torch.hann_window(self.window_length, False), rest), False)
+        self.register_buffer("window", torch.hann_window(self.window_length, False), persistent=False)
         low, high, no_warp = 20.0, sample_rate / 2, (100.0, -500.0, 1.0)
         filters = kaldi.get_mel_banks(mel_bins, self.fft_length, sample_rate, low, high, *no_warp)[0].T
         self.register_buffer("filters", filters, persistent=False)  # [fft / 2, mel]
@@ -51,13 +50,13 @@ class LogMel(torch.nn.Module):
         count = (waveform.shape[1] + self.hop // 2) // self.hop
         left = self.window_length // 2 - self.hop // 2  # half a window before the middle of the first hop
         right = (count - 1) * self.hop + self.window_length - left - waveform.shape[1]
-        rest = waveform.new_zeros(len(waveform), self.fft_length - self.window_length)
+        rest = waveform.new_zeros(len(waveform), self.fft_length - self.window_length)  # to an FFT's end
         x = torch.cat([waveform[:, : left + 1].flip(1), waveform, waveform[:, -right:].flip(1), rest], dim=1)
         # A frame less its mean m, pre-emphasised, is the pre-emphasised signal less 0.03 m, but for the first
         # sample, where Hann is 0: so the signal is filtered once, and not frame by frame, 2.5 times.
         mean = x[:, 1:].unfold(1, self.window_length, self.hop)[:, :count].mean(2, keepdim=True)  # [B, T, 1]
         x = torch.sub(x[:, 1:], x[:, :-1], alpha=0.97).unfold(1, self.fft_length, self.hop)
-        spectrum = torch.fft.rfft((x - 0.03 * mean).mul_(self.window))[..., :-1]
+        spectrum = torch.fft.rfft((x - 0.03 * mean).mul_(F.pad(self.window, (0, rest.shape[1]))))[..., :-1]
         power = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)  # [B, T, fft / 2]
         # Filters are narrow: 16 at a time, without most of their zeros, it all takes a fifth less on a CPU.
         mel = [power[..., bins] @ part[bins] for bins, part in zip(self.used, self.filters.split(16, dim=1))]
@@ -180,7 +179,7 @@ class AudioFiles:
         waveform = sound.read(count, dtype="float32")
         if sound.channels > 1:
             waveform = waveform @ np.full(sound.channels, 1 / sound.channels, np.float32)
-        spare = sound.samplerate // 5 * (sound.format == "OGG")  # real ones can end so much before they say
+        spare = sound.samplerate // 5 * (sound.format == "OGG")  # sound files can end so much too early
         if (len(waveform) < count - spare or not sound.tell()) and sound.frames < 2**40:  # above: a stream
             raise ValueError("truncated")
         if len(waveform) and not max(waveform.max(), -waveform.min()) < 1e6:
@@ -194,7 +193,8 @@ class AudioFiles:
             count = math.ceil(length * rate / self.sample_rate)
             start = int(rng.random() * (frames - count + 1)) if count < frames < 2**40 else 0
             if start + count > 30 * rate:  # else no seek: slow in compressed audio, and long faulty there
-                start -= sound.seek(start)  # 0: it is read from there
+                sound.seek(start)
+                start = 0
             return resample(self.read(sound, start + count)[start:], rate, self.sample_rate)[:length]
 
     def windows(self, i, length):

@@ -32,8 +32,7 @@ class AuthorsLogMel(LogMel):
     def __init__(self):
         super().__init__()
         self.hop, self.window_length = 1243, 3108
-        window = torch.hann_window(self.window_length, periodic=False)
-        self.window = F.pad(window, (0, self.fft_length - self.window_length))
+        self.window = torch.hann_window(self.window_length, periodic=False)
         self.config |= dict(hop=self.hop, window_length=self.window_length, peak_normalised=True)
 
     def forward(self, waveform):
