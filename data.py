@@ -1,400 +1,803 @@
 # SPDX-License-Identifier: MIT
-"""Audio in, log-mel spectrograms out (sec. IV.A): find, decode, resample, window, fill up, mel front end.
+"""Audio in, log-mel spectrograms out (sec. IV.A). How a batch comes about:
 
-    python data.py scan PATH        hours, rates, lengths, unreadable and silent files; writes nothing
-    python data.py pack PATH OUT    log-mel frames in memory-mapped shards: training reads no more audio
+    clip_order says which clips a step is made of, for each process;
+    clip_loader reads them in worker processes. A clip is a window of one recording out of
+        AudioFiles, PackedFrames or SyntheticSounds, filled up with further recordings;
+    LogMel turns waveforms [B, samples] into spectrograms [B, 1, T, F], on the GPU if there is one.
 
-PATH, as in `--data`: a folder tree, a .txt/.csv/.tsv list, or uncompressed .tar shards.
-A recording is a file or a member of a tar, of any length; a clip is what training sees, 10 s."""
-import argparse, csv, fractions, functools, io, itertools, json, math, os, random, re, sys, tarfile, zlib
+A recording is a file, or a member of a tar, of any length. A clip is what training sees: 10 s.
 
-import numpy as np, soundfile, torch, torchaudio, torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset
+    python data.py scan PATH        hours, rates, lengths, what is silent or cannot be read
+    python data.py pack PATH OUT    log-mel frames in memory-mapped files, to train without decoding
+
+PATH is a folder, a list of paths (.txt, .csv, .tsv) or tar shards, as for train.py --data.
+Letters in the shape comments: B clips, T spectrogram frames, F mel bands.
+"""
+
+import argparse
+import csv
+import functools
+import io
+import json
+import math
+import os
+import random
+import signal
+import sys
+import tarfile
+import zlib
+from fractions import Fraction
+from typing import NamedTuple
+
+import numpy as np
+import soundfile
+import torch
+import torchaudio
+from torch import nn
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset
+from torch.utils.data import get_worker_info
 from torchaudio.compliance import kaldi
 from tqdm import tqdm
 
-AUDIO = (b".wav", b".flac", b".ogg", b".oga", b".opus", b".mp3", b".aiff", b".aif")
-CANNOT_USE = (OSError, ValueError, RuntimeError, MemoryError, ArithmeticError, csv.Error)
-FRAME_RATE = 25.6  # 256 frames in 10 s, at every clip length: a patch, 16 frames, is 625 ms
-FLOOR = torch.finfo(torch.float32).eps  # Kaldi's least power: digital silence becomes log(FLOOR) = -15.9
-resampler = functools.lru_cache(64)(torchaudio.transforms.Resample)  # one kernel for each pair of rates
-fp16 = functools.partial(torch.from_file, shared=False, dtype=torch.float16)  # mapped, but not held open
-map_frames = functools.cache(lambda p: fp16(p, size=os.path.getsize(p) // 2).numpy().reshape(-1, 128))
+FRAMES_PER_SECOND = 25.6  # 256 frames in 10 s, and as many per second in clips of another length
+PATCH_SECONDS = 0.625  # 16 frames
+MEL_BINS = 128
+FLOOR = torch.finfo(torch.float32).eps  # Kaldi's least power: silence becomes log(FLOOR) = -15.9
+UNREADABLE = (OSError, ValueError, RuntimeError)  # what reading a bad recording may raise
 
 
-class LogMel(torch.nn.Module):
-    """Kaldi's log-mel filter bank, batched, on the device of its input.
-    (waveform [B, samples], in [-1, 1]) -> [B, 1, time_bins, mel_bins], (log-mel - mean) / std. A frame every
-    hop of sample_rate * clip_seconds / time_bins samples (1250), through a window of 2.5 hops: mean removed,
-    pre-emphasis 0.97, Hann, power, HTK mel from 20 Hz, natural log. ValueError: no whole hop, absurd size."""
+class LogMel(nn.Module):
+    """Kaldi's log-mel filter bank for a whole batch, on the device of its input.
 
-    def __init__(self, sample_rate=32000, clip_seconds=10.0, time_bins=256, mel_bins=128, mean=0.0, std=1.0):
+    (waveform [B, samples], in [-1, 1]) -> [B, 1, T, F], (log-mel - mean) / std.
+    Packed frames [B, T, F], which are log-mel already, are only normalised.
+
+    There is a frame every `hop` = sample_rate * clip_seconds / time_bins samples (1250, or 39 ms),
+    seen through a window of 2.5 hops. ValueError if the hop is not a whole number of samples.
+    """
+
+    def __init__(
+        self,
+        sample_rate: int = 32000,
+        clip_seconds: float = 10.0,
+        time_bins: int = 256,
+        mel_bins: int = MEL_BINS,
+        mean: float = 0.0,
+        std: float = 1.0,
+    ):
         super().__init__()
-        self.config = dict(sample_rate=sample_rate, clip_seconds=clip_seconds, time_bins=time_bins,
-                           mel_bins=mel_bins, mean=mean, std=std)
         hop = sample_rate * clip_seconds / time_bins
-        if not (1 <= hop <= 2**16 and not hop % 1 and 0 < mel_bins * hop < 4e6 and abs(mean) < 99 > std > 0):
-            raise ValueError(f"the hop {hop} is not whole, or a number out of range: {self.config}")
-        self.hop, self.window_length, self.mean, self.std = int(hop), int(2.5 * hop), mean, std
+        if hop != int(hop):
+            raise ValueError(f"{sample_rate} Hz: the hop of {hop} samples is not a whole number")
+        self.sample_rate = sample_rate
+        self.clip_seconds = clip_seconds
+        self.time_bins = time_bins
+        self.mel_bins = mel_bins
+        self.mean = mean
+        self.std = std
+        self.hop = int(hop)
+        self.window_length = int(2.5 * hop)
         self.fft_length = 2 ** math.ceil(math.log2(self.window_length))
-        self.register_buffer("window", torch.hann_window(self.window_length, False), persistent=False)
-        low, high, no_warp = 20.0, sample_rate / 2, (100.0, -500.0, 1.0)
-        filters = kaldi.get_mel_banks(mel_bins, self.fft_length, sample_rate, low, high, *no_warp)[0].T
-        self.register_buffer("filters", filters, persistent=False)  # [fft / 2, mel]
-        used = [part.any(1).nonzero().flatten().tolist() or [0] for part in filters.split(16, dim=1)]
-        self.used = [slice(bins[0], bins[-1] + 1) for bins in used]  # bins that each 16 filters use
+        window = torch.hann_window(self.window_length, periodic=False)
+        self.register_buffer("window", window, persistent=False)
+        no_warping = (100.0, -500.0, 1.0)  # Kaldi's vocal tract arguments; a factor of 1 is off
+        filters, _ = kaldi.get_mel_banks(
+            mel_bins, self.fft_length, sample_rate, 20.0, sample_rate / 2, *no_warping
+        )
+        self.register_buffer("filters", filters.T, persistent=False)  # [fft / 2, F]
 
-    def frames(self, waveform):
-        """Raw log-mel: [B, samples], a hop at least -> [B, round(samples / hop), mel_bins]."""
-        waveform = waveform - waveform.unfold(1, self.hop, self.hop).mean(2).mean(1, True)  # DC costs digits
+    @property
+    def config(self) -> dict:
+        """The constructor's arguments, as checkpoints store them."""
+        return {
+            "sample_rate": self.sample_rate,
+            "clip_seconds": self.clip_seconds,
+            "time_bins": self.time_bins,
+            "mel_bins": self.mel_bins,
+            "mean": self.mean,
+            "std": self.std,
+        }
+
+    def frames(self, waveform: torch.Tensor) -> torch.Tensor:
+        """Raw log-mel: [B, samples], at least a window -> [B, round(samples / hop), F]."""
+        x = self.cut(waveform)  # [B, T, window]
+        x = x - x.mean(dim=2, keepdim=True)
+        x = x[..., 1:] - 0.97 * x[..., :-1]  # pre-emphasis; the window is 0 at the sample it costs
+        spectrum = torch.fft.rfft(x * self.window[1:], n=self.fft_length)
+        power = spectrum.real.square() + spectrum.imag.square()  # [B, T, fft / 2 + 1]
+        mel = power[..., :-1] @ self.filters  # [B, T, F]; Kaldi leaves the last bin out
+        return mel.clamp(min=FLOOR).log()
+
+    def cut(self, waveform):
+        """Frame t is centred on the middle of hop t; both ends of the waveform are mirrored."""
         count = (waveform.shape[1] + self.hop // 2) // self.hop
-        left = self.window_length // 2 - self.hop // 2  # half a window before the middle of the first hop
+        left = self.window_length // 2 - self.hop // 2
         right = (count - 1) * self.hop + self.window_length - left - waveform.shape[1]
-        rest = waveform.new_zeros(len(waveform), self.fft_length - self.window_length)  # to an FFT's end
-        x = torch.cat([waveform[:, : left + 1].flip(1), waveform, waveform[:, -right:].flip(1), rest], dim=1)
-        # A frame less its mean m, pre-emphasised, is the pre-emphasised signal less 0.03 m, but for the first
-        # sample, where Hann is 0: so the signal is filtered once, and not frame by frame, 2.5 times.
-        mean = x[:, 1:].unfold(1, self.window_length, self.hop)[:, :count].mean(2, keepdim=True)  # [B, T, 1]
-        x = torch.sub(x[:, 1:], x[:, :-1], alpha=0.97).unfold(1, self.fft_length, self.hop)
-        spectrum = torch.fft.rfft((x - 0.03 * mean).mul_(F.pad(self.window, (0, rest.shape[1]))))[..., :-1]
-        power = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)  # [B, T, fft / 2]
-        # Filters are narrow: 16 at a time, without most of their zeros, it all takes a fifth less on a CPU.
-        mel = [power[..., bins] @ part[bins] for bins, part in zip(self.used, self.filters.split(16, dim=1))]
-        return torch.cat(mel, 2).clamp_(min=FLOOR).log_()
+        before = waveform[:, :left].flip(1)
+        after = waveform[:, waveform.shape[1] - right :].flip(1)
+        padded = torch.cat([before, waveform, after], dim=1)
+        return padded.unfold(1, self.window_length, self.hop)
 
-    def normalise(self, frames):
-        """Raw log-mel [B, T, F] -> spectrogram [B, 1, T, F], of mean 0 and std 1 over the training set."""
-        return ((frames.float() - self.mean) / self.std).unsqueeze(1)
-
-    def forward(self, waveform):
-        size = 1 if waveform.device.type == "cpu" else len(waveform)  # one clip fits its caches
-        return self.normalise(torch.cat([self.frames(part) for part in waveform.split(size)]))
+    def forward(self, clips: torch.Tensor) -> torch.Tensor:
+        # In fp32 whatever surrounds it: powers overflow fp16, and bf16 cannot tell them apart.
+        with torch.autocast(clips.device.type, enabled=False):
+            if clips.ndim == 2:
+                clips = clips.float()
+                at_once = 1 if clips.device.type == "cpu" else len(clips)  # what fits its caches
+                clips = torch.cat([self.frames(part) for part in clips.split(at_once)])
+            normalised = (clips.float() - self.mean) / self.std
+            return normalised.unsqueeze(1)
 
 
-def write_atomically(path, content):
-    with open(f"{path}.{os.getpid()}.tmp", "wb") as file:
-        np.save(file, content) if isinstance(content, np.ndarray) else file.write(content)
-        os.fsync(file.flush() or file.fileno())
-    os.replace(file.name, path)
+def measure_mean_std(clips, log_mel: LogMel, device, workers: int) -> tuple[float, float]:
+    """Mean and std of the un-normalised log-mel over the first 256 clips that training will see.
+
+    They are two numbers for the whole set, as in AST and AudioMAE, and not two for each band.
+    ValueError if none of those clips can be read.
+    """
+    order = clip_order(len(clips), clips.seed, 16, range(16), [slice(0, 16)])
+    log_mels = []
+    for batch in clip_loader(clips, order, workers):
+        if batch.clip is not None:
+            log_mels.append(log_mel(batch.clip.to(device)).cpu())
+    if not log_mels:
+        raise ValueError("none of the first 256 clips can be used: python data.py scan says why")
+    std, mean = torch.std_mean(torch.cat(log_mels).double())
+    return mean.item(), max(std.item(), 1e-3)  # digital silence has no std
 
 
-def printable(name):  # on one line, whatever bytes it holds
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in os.fsdecode(name))
+# ------------------------------------------------------------------------------------------------
+# Three kinds of data, with one protocol:
+#
+#     len(source)                      the number of recordings
+#     source.name(i)                   of recording i
+#     source.rate                      samples, or packed frames, per second
+#     source.silence                   the value that fills what stays empty
+#     source.window(i, length, rng)    up to `length` samples or frames from a random place in
+#                                      recording i, all of it if it is shorter; UNREADABLE
+#     source.fingerprint               a line that tells one set from another
 
 
-def find_recordings(path):
-    """All recordings of a folder, list, tar or file -> sorted byte strings: paths relative to the folder; for
-    a member of a tar, name, shard, offset and size, joined by zero bytes. ValueError says what is missing."""
+class Recordings:
+    """A set of recordings, each an entry of bytes: its name, then where to find it."""
+
+    def __init__(self, root, entries: np.ndarray):
+        self.root = os.fsencode(root)
+        self.entries = entries
+        self.fingerprint = f"{len(entries)} recordings, crc {zlib.crc32(entries):08x}"
+
+    def __len__(self):
+        return len(self.entries)
+
+    def name(self, i: int) -> str:
+        return os.fsdecode(self.entries[i].split(b"\0")[0])
+
+
+class AudioFiles(Recordings):
+    """Files, or members of tars -> windows of mono float32 at one sample rate."""
+
+    silence = 0.0
+
+    def __init__(self, root, entries: np.ndarray, sample_rate: int):
+        super().__init__(root, entries)  # the entries of find_recordings
+        self.rate = sample_rate
+
+    def open(self, i: int) -> soundfile.SoundFile:
+        name, *place = self.entries[i].split(b"\0")
+        if not place:
+            return soundfile.SoundFile(os.path.join(self.root, name))
+        shard, offset, size = place
+        with open(os.path.join(self.root, shard), "rb") as tar:
+            tar.seek(int(offset))
+            return soundfile.SoundFile(io.BytesIO(tar.read(int(size))))
+
+    def window(self, i, length, rng):
+        with self.open(i) as sound:
+            rate = sound.samplerate
+            count = math.ceil(length * rate / self.rate)
+            place = 0.0  # where the window lies: 0 is the start, 1 as late as it fits
+            if sound.frames > count:
+                place = rng.random()
+            start = int(place * (sound.frames - count + 1))
+            waveform = decode_at(sound, start, count)
+        if len(waveform) < count and sound.frames > count:
+            # The header promises more than there is, or it does not know (a stream). Then we decode
+            # all there is, and put the window at the same place in that.
+            with self.open(i) as sound:
+                waveform = decode(sound, sound.frames)
+            start = int(place * (len(waveform) - count + 1))
+            waveform = waveform[max(start, 0) :][:count]
+        if len(waveform) == 0:
+            raise ValueError("nothing in it can be decoded")
+        return resample(waveform, rate, self.rate)[:length]
+
+    def windows(self, i, length):
+        """Recording i from start to end, in windows of `length` samples, the last one shorter."""
+        with self.open(i) as sound:
+            rate = sound.samplerate
+            begin = 0
+            number = 0
+            while True:
+                number += 1
+                end = round(number * length * rate / self.rate)
+                waveform = decode(sound, end - begin)
+                begin = end
+                if len(waveform) == 0:
+                    break
+                yield resample(waveform, rate, self.rate)[:length]
+        if number == 1:
+            raise ValueError("nothing in it can be decoded")
+
+
+class PackedFrames(Recordings):
+    """What `pack` has stored -> windows of log-mel frames [T, F], fp16."""
+
+    silence = math.log(FLOOR)
+    rate = FRAMES_PER_SECOND
+
+    def __init__(self, folder, sample_rate: int):
+        with open(os.path.join(folder, "pack.json")) as file:
+            packed_rate = json.load(file)["sample_rate"]
+        if packed_rate != sample_rate:
+            raise ValueError(f"{folder}: packed at {packed_rate} Hz, not at {sample_rate}")
+        super().__init__(folder, np.load(os.path.join(folder, "index.npy"), mmap_mode="r"))
+
+    def window(self, i, length, rng):
+        _, shard, first, count = self.entries[i].split(b"\0")
+        spare = max(int(count) - length, 0)
+        start = int(first) + int(rng.random() * (spare + 1))
+        end = min(start + length, int(first) + int(count))
+        return map_shard(os.path.join(self.root, shard))[start:end]
+
+
+@functools.cache
+def map_shard(path):
+    """The frames [T, F] of a packed file: mapped, not read. Unlike numpy, torch keeps no file open
+    for this, and AudioSet has 2000 of them."""
+    numbers = os.path.getsize(path) // 2
+    flat = torch.from_file(os.fsdecode(path), shared=False, size=numbers, dtype=torch.float16)
+    return flat.numpy().reshape(-1, MEL_BINS)
+
+
+class SyntheticSounds:
+    """Sound without a download: each window another mixture of notes, chirps, noises and beats."""
+
+    silence = 0.0
+    fingerprint = "synthetic clips"
+
+    def __init__(self, sample_rate: int, seed: int, num_clips: int):
+        self.rate = sample_rate
+        self.num_clips = num_clips
+        rng = np.random.default_rng(seed)
+        self.sounds = [self.make_sound(rng) for _ in range(200)]  # once: windows only add them up
+
+    def __len__(self):
+        return self.num_clips
+
+    def name(self, i: int) -> str:
+        return f"synthetic clip {i}"
+
+    def make_sound(self, rng):
+        """Harmonics or noise, 0.1 to 2 s long, with a rising or falling pitch, dying away."""
+        seconds = rng.uniform(0.1, 2.0)
+        t = np.arange(int(seconds * self.rate)) / self.rate
+        hertz = 80 * 2 ** rng.uniform(0, 5.5) * 2 ** (rng.uniform(-1, 1) * t)
+        phase = 2 * np.pi * np.cumsum(hertz) / self.rate
+        wave = np.sin(phase) + np.sin(2 * phase) / 2 + np.sin(3 * phase) / 3
+        if rng.random() < 0.5:
+            wave = np.sin(phase) * rng.standard_normal(len(t))
+        decay = np.exp(-rng.uniform(1, 6) * t / seconds)
+        return (wave * decay).astype(np.float32)
+
+    def window(self, i, length, rng):
+        window = np.zeros(length, np.float32)
+        for _ in range(rng.randint(3, 8)):
+            sound = rng.choice(self.sounds) * np.float32(10 ** rng.uniform(-1.5, -0.3))
+            begin = rng.randrange(length)
+            for _ in range(rng.choice([1, 1, 8])):  # some come back in a rhythm
+                room = window[begin : begin + len(sound)]  # less at the end of the window
+                room += sound[: len(room)]
+                begin += int(1.5 * len(sound))
+        return window
+
+
+# ------------------------------------------------------------------------------------------------
+# Clips: what training sees
+
+
+class Reading(NamedTuple):
+    """A clip, or a batch of them, and what reading it took."""
+
+    clip: np.ndarray | torch.Tensor | None  # None: ten recordings in a row cannot be used
+    reads: int  # recordings that were opened
+    bad: list[tuple[str, str]]  # (name, reason) of those that could not be used
+
+
+class Clips(Dataset):
+    """Clips of equal length out of one of the sources above; any DataLoader takes it.
+
+    clips[i] is clip i of the epoch chosen by `set_epoch`, a pure function of (seed, epoch, i).
+    A longer recording gives a random window. A shorter one is filled up with other recordings, end
+    to end: were it filled with silence, most targets would be the same silence, and predicting
+    them would teach nothing. Only a rest shorter than a patch stays silent.
+    RuntimeError: ten recordings in a row cannot be used.
+    """
+
+    def __init__(self, source, clip_seconds: float, seed: int):
+        self.source = source
+        self.seed = seed
+        self.epoch = 0
+        self.length = round(clip_seconds * source.rate)
+        self.patch = round(PATCH_SECONDS * source.rate)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        clip, reads, bad = self.read(self.epoch, int(i))
+        if clip is None:
+            name, reason = bad[-1]
+            raise RuntimeError(
+                f"{reads} recordings in a row cannot be used, at last {name}: {reason}"
+            )
+        return torch.tensor(clip)  # a copy: frames of a packed file are not the reader's to change
+
+    def read(self, epoch: int, i: int) -> Reading:
+        rng = random.Random(f"clip {i} of epoch {epoch}, seed {self.seed}")
+        parts = []
+        bad = []
+        reads = 0
+        missing = self.length
+        while missing >= self.patch and reads < 100:  # bounded, for a set of nothing but clicks
+            reads += 1
+            try:
+                window = self.source.window(i, missing, rng)
+                parts.append(window)
+                missing -= len(window)
+            except UNREADABLE as error:
+                bad.append((self.source.name(i), str(error)))
+                if len(bad) == 10 and not parts:
+                    return Reading(None, reads, bad)
+            i = rng.randrange(len(self))
+        if missing == 0 and len(parts) == 1:
+            return Reading(parts[0], reads, bad)  # the usual case, without a copy
+        shape = (missing, *parts[0].shape[1:])
+        parts.append(np.full(shape, self.source.silence, parts[0].dtype))
+        return Reading(np.concatenate(parts), reads, bad)
+
+
+class AudioClips(Clips):
+    """Clips of a folder, a list, tar shards or a packed folder.
+
+    -> waveforms [samples], float32, or of a packed folder log-mel frames [T, F], fp16.
+    ValueError says what is wrong with the path. `entries`: what find_recordings has found before.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        sample_rate: int = 32000,
+        clip_seconds: float = 10.0,
+        seed: int = 0,
+        entries: np.ndarray | None = None,
+    ):
+        if os.path.isfile(os.path.join(path, "pack.json")):
+            source = PackedFrames(path, sample_rate)
+        else:
+            if entries is None:
+                entries = find_recordings(path)
+            root = path if os.path.isdir(path) else os.path.dirname(path)
+            source = AudioFiles(root, entries, sample_rate)
+        super().__init__(source, clip_seconds, seed)
+
+
+class SyntheticClips(Clips):
+    """Clips without data -> waveforms [samples], float32, no two epochs alike."""
+
+    def __init__(
+        self,
+        sample_rate: int = 32000,
+        clip_seconds: float = 10.0,
+        seed: int = 0,
+        num_clips: int = 10000,
+    ):
+        super().__init__(SyntheticSounds(sample_rate, seed, num_clips), clip_seconds, seed)
+
+
+def clip_order(num_clips: int, seed: int, batch_size: int, steps: range, rows: list[slice]):
+    """Yield which clips a process reads, a list of (epoch, clip) for each of its micro-batches.
+
+    All epochs follow each other in one endless line, each in an order of its own, a pure function
+    of (seed, epoch). Step s is the batch_size places from s * batch_size on: no clip is left out,
+    and a run can be continued at any step. `rows` are the places within a step that belong to this
+    process, a slice for each micro-batch (see rows_of_process in train.py).
+    """
+
+    @functools.lru_cache(maxsize=2)  # a batch may lie across two epochs
+    def shuffled(epoch):
+        rng = random.Random(f"order of epoch {epoch}, seed {seed}")
+        generator = torch.Generator().manual_seed(rng.getrandbits(63))
+        return torch.randperm(num_clips, generator=generator)
+
+    for step in steps:
+        for part in rows:
+            batch = []
+            for row in range(part.start, part.stop):
+                epoch, place = divmod(step * batch_size + row, num_clips)
+                batch.append((epoch, int(shuffled(epoch)[place])))
+            yield batch
+
+
+def clip_loader(clips: Clips, order, workers: int, pin_memory: bool = False) -> DataLoader:
+    """Read the micro-batches of `order` in worker processes -> a Reading of each: [B, samples], or
+    [B, T, F] of packed frames."""
+    return DataLoader(
+        ReadingsOfClips(clips),
+        batch_sampler=order,
+        num_workers=workers,
+        collate_fn=collate,
+        worker_init_fn=leave_signals_to_the_main_process,
+        pin_memory=pin_memory,
+    )
+
+
+class ReadingsOfClips(Dataset):
+    """Clips for the loader: asked for (epoch, i), it answers with a Reading."""
+
+    def __init__(self, clips):
+        self.clips = clips
+
+    def __getitem__(self, key):
+        epoch, i = key
+        return self.clips.read(epoch, i)
+
+
+def collate(readings):
+    """Readings of clips -> Reading of a batch."""
+    reads = sum(reading.reads for reading in readings)
+    bad = []
+    for reading in readings:
+        bad += reading.bad
+    clips = [reading.clip for reading in readings]
+    if any(clip is None for clip in clips):
+        return Reading(None, reads, bad)
+    batch = torch.from_numpy(np.stack(clips))
+    if get_worker_info() is not None:
+        # The loader would do this too, in a thread whose errors nobody hears of: where shared
+        # memory is too small, the run would wait for ever.
+        try:
+            batch.share_memory_()
+        except RuntimeError as error:
+            hint = "docker run --shm-size=8g gives more, --workers 0 needs none"
+            raise OSError(f"no shared memory for a batch: {hint} ({error})") from None
+    return Reading(batch, reads, bad)
+
+
+def leave_signals_to_the_main_process(_):
+    """Ctrl-C and Slurm signal all processes: the main one finishes its step, and needs its workers
+    for that."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+# ------------------------------------------------------------------------------------------------
+# The reading ends here. What follows finds and decodes audio.
+
+AUDIO = (b".wav", b".flac", b".ogg", b".oga", b".opus", b".mp3", b".aiff", b".aif")
+LISTS = (b".txt", b".csv", b".tsv")
+SEEK_SECONDS = 30  # up to there we decode from the start, which is exact in every format
+
+
+def find_recordings(path: str | os.PathLike) -> np.ndarray:
+    """All recordings of a folder, list, tar or file, sorted -> array of byte strings.
+
+    An entry is a path relative to the folder, or, for a member of a tar, its name, the shard, the
+    offset and the size, joined by zero bytes. It is one flat array, as a list of two million
+    strings would be copied into every worker. ValueError says what is missing.
+    """
     path = os.fsencode(path)
-    if not os.path.exists(path):
-        raise ValueError(f"{printable(path)}: does not exist")
-    root, found = os.path.dirname(path), [os.path.basename(path)]
     if os.path.isdir(path):
-        root = os.path.join(path, b"")
-        tree = os.walk(path, onerror=lambda error: print(f"warning: {error}", file=sys.stderr))
-        found = [os.path.join(folder, name)[len(root) :] for folder, _, names in tree for name in names]
-    elif path.lower().endswith((b".txt", b".csv", b".tsv")):
-        found = read_list(path)
-    entries = [name for name in found if name.lower().endswith(AUDIO)]
-    for shard in (name for name in found if name.lower().endswith(b".tar")):
-        entries += tar_members(root, shard)
+        root = path
+        names = walk(path)
+    elif os.path.isfile(path):
+        root = os.path.dirname(path)
+        names = [os.path.basename(path)]
+        if path.lower().endswith(LISTS):
+            names = read_list(path)
+    else:
+        raise ValueError(f"{printable(path)}: does not exist")
+    entries = []
+    for name in names:
+        if name.lower().endswith(AUDIO):
+            entries.append(name)
+        elif name.lower().endswith(b".tar"):
+            entries += tar_members(root, name)
     if not entries:
-        raise ValueError(f"{printable(path)}: no audio found (nor a .tar of {b' '.join(AUDIO).decode()})")
-    return np.sort(np.array(entries))  # no list: a worker copies the pages of two million reference counts
+        endings = b" ".join(AUDIO).decode()
+        raise ValueError(f"{printable(path)}: no audio found ({endings}, or .tar of these)")
+    return np.sort(np.array(entries))
+
+
+def walk(root):
+    """Yield all files below a folder, relative to it. Links to folders are followed, to each real
+    folder once; hidden files and folders (.git, ._copy.wav of macOS) are not looked at."""
+    seen = set()
+    prefix = os.path.join(root, b"")
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=warn):
+        real = os.path.realpath(folder)
+        if real in seen:
+            subfolders.clear()  # tells os.walk not to go on here
+            continue
+        seen.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith(b"."))
+        for name in names:
+            if not name.startswith(b"."):
+                yield os.path.join(folder, name)[len(prefix) :]
 
 
 def read_list(path):
-    """Paths, one a line; of a .csv or .tsv its first column, less a header that does not end like audio."""
-    separator = {b".csv": ",", b".tsv": "\t"}.get(path.lower()[-4:])
+    """The paths in a list: one a line, or the first column of a .csv or .tsv, whose header is
+    dropped. They are relative to the list."""
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        rows = csv.reader(file, delimiter=separator) if separator else ([row.rstrip("\r\n")] for row in file)
-        names = [os.fsencode(row[0]) for row in rows if row and row[0].strip()]
-    names = names[bool(separator and names and not names[0].lower().endswith((*AUDIO, b".tar"))) :]
-    missing = [name for name in names if not os.path.isfile(os.path.join(os.path.dirname(path), name))]
+        if path.lower().endswith(b".txt"):
+            names = [line.rstrip("\r\n") for line in file]
+        else:
+            separator = "," if path.lower().endswith(b".csv") else "\t"
+            names = [row[0] for row in csv.reader(file, delimiter=separator) if row]
+    names = [os.fsencode(name) for name in names if name.strip()]
+    is_table = not path.lower().endswith(b".txt")
+    if is_table and names and not names[0].lower().endswith((*AUDIO, b".tar")):
+        names = names[1:]  # the header
+    folder = os.path.dirname(path)
+    missing = [name for name in names if not os.path.isfile(os.path.join(folder, name))]
     if missing:
-        raise ValueError(f"{printable(path)}: lists {len(missing)} missing files, as {printable(missing[0])}")
+        count = f"{len(missing)} of its {len(names)} files do not exist"
+        raise ValueError(f"{printable(path)}: {count}, as {printable(missing[0])}")
     return names
 
 
 def tar_members(root, shard):
-    """The audio in an uncompressed tar: to be read in place, by offset."""
+    """The audio in an uncompressed tar, to be read in place."""
+    entries = []
     try:
         with tarfile.open(os.path.join(root, shard), "r:") as tar:
-            for member in itertools.takewhile(lambda member: member.size >= 0, tar):  # else it never ends
+            for member in tar:
                 name = os.fsencode(member.name)
                 if member.isfile() and name.lower().endswith(AUDIO):
-                    yield b"%s/%s\0%s\0%d\0%d" % (shard, name, shard, member.offset_data, member.size)
+                    place = b"%s\0%d\0%d" % (shard, member.offset_data, member.size)
+                    entries.append(shard + b"/" + name + b"\0" + place)
     except (tarfile.TarError, OSError) as error:
-        print(f"warning: {printable(shard)} cannot be read to its end: {error}", file=sys.stderr)
+        warn(f"{printable(shard)} cannot be read to its end: {error}")
+    return entries
+
+
+def warn(message):
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def printable(name: str | bytes | os.PathLike) -> str:
+    """A path on one line, whatever bytes it holds."""
+    characters = [c if c.isprintable() else repr(c)[1:-1] for c in os.fsdecode(name)]
+    return "".join(characters)
+
+
+def decode_at(sound, start, count):
+    """`count` samples from `start` on, or as many as there are."""
+    if start + count <= SEEK_SECONDS * sound.samplerate:
+        return decode(sound, start + count)[start:]
+    try:
+        sound.seek(start)
+    except RuntimeError:  # beyond the end of a file that was cut
+        return np.empty(0, np.float32)
+    return decode(sound, count)
+
+
+def decode(sound, count):
+    """The next `count` samples, or as many as there are -> mono float32, at the file's own rate.
+
+    A second at a time: where a file is damaged, what came before the damage is used. ValueError if
+    it holds NaN or Inf.
+    """
+    blocks = [np.empty(0, np.float32)]
+    while count > 0:
+        try:
+            block = sound.read(min(count, sound.samplerate), dtype="float32")
+        except RuntimeError:
+            break
+        if len(block) == 0:
+            break
+        count -= len(block)
+        if sound.channels > 1:
+            block = block.mean(axis=1)
+        blocks.append(block)
+    waveform = np.concatenate(blocks)
+    if not np.isfinite(waveform).all():
+        raise ValueError("holds NaN or Inf")
+    return waveform
+
+
+@functools.lru_cache(maxsize=64)
+def resampler(rate, wanted):
+    """torchaudio's resampler, which builds its kernel once. Rates like 44 099 Hz have no small
+    common divisor with ours, and a kernel of gigabytes: they are taken for one within 0.1 %."""
+    ratio = Fraction(wanted, rate).limit_denominator(1000)
+    return torchaudio.transforms.Resample(ratio.denominator, ratio.numerator)
 
 
 def resample(waveform, rate, wanted):
-    """float32 [samples] at one rate -> at another, with torchaudio's kernel. Its convolution is set up anew
-    for each new length; the same as a matrix product made recordings of all lengths 4 times as fast."""
-    if rate == wanted or not len(waveform):
+    """[samples] at one rate -> [samples] at another."""
+    if rate == wanted:
         return waveform
-    ratio = fractions.Fraction(wanted, rate).limit_denominator(1000)  # < 0.1 % off; else 5 GB from 44 099 Hz
-    sinc = resampler(ratio.denominator, ratio.numerator)  # its kernel: [numerator, 1, taps]
-    padded = F.pad(torch.from_numpy(waveform.copy()), (sinc.width, sinc.width + sinc.orig_freq))
-    made = padded.unfold(0, sinc.kernel.shape[2], sinc.orig_freq) @ sinc.kernel[:, 0].T
-    return made.flatten()[: math.ceil(len(waveform) * sinc.new_freq / sinc.orig_freq)].numpy()
+    return resampler(rate, wanted)(torch.from_numpy(waveform)).numpy()
 
 
-def is_cut(sound, file):
-    """Whether a file stops short of its header. Of a wav or aiff only libsndfile's log tells (a length near
-    2^32 is that of a stream); an Ogg ends where its last page does."""
-    length = re.search(r"(?:data|SSND) : (\d+) \(should be (\d+)\)", sound.extra_info)
-    if sound.format != "OGG":
-        return length is not None and int(length[2]) < int(length[1]) < 2**31 - 2**16
-    file.seek(max(file.seek(0, 2) - 2**16, 0))
-    page = file.read().rpartition(b"OggS")[2]  # 22 bytes, a count of segments, their sizes, they themselves
-    return len(page) < 23 or len(page) < 23 + page[22] + sum(page[23 : 23 + page[22]])
-
-
-class AudioFiles:
-    """Recordings as mono float32 at one sample rate; what cannot be used raises one of CANNOT_USE."""
-
-    def __init__(self, root, entries, sample_rate):
-        self.root, self.entries, self.sample_rate = os.fsencode(root), entries, sample_rate
-
-    def open(self, i):
-        name, *part = self.entries[i].split(b"\0")
-        path = os.path.join(self.root, part[0] if part else name)
-        if not os.path.isfile(path):
-            raise ValueError("not a file")  # opening a pipe would wait for ever
-        with open(path, "rb") as file:
-            if part:
-                file.seek(int(part[1]))
-                file = io.BytesIO(file.read(int(part[2])))
-            sound = soundfile.SoundFile(io.BytesIO(file.getvalue()) if part else path)
-            if is_cut(sound, file):
-                raise ValueError("truncated")
-        if sound.frames == 0 or sound.channels > 64 or not 1000 <= sound.samplerate <= 768000:
-            raise ValueError(f"{sound.frames} samples, {sound.channels} channels, {sound.samplerate} Hz")
-        return sound
-
-    def read(self, sound, count):
-        """The next samples, `count` or what is left -> float32 mono at the file's own rate."""
-        count = min(count, sound.frames - sound.tell())
-        waveform = sound.read(count, dtype="float32")
-        if sound.channels > 1:
-            waveform = waveform @ np.full(sound.channels, 1 / sound.channels, np.float32)
-        spare = sound.samplerate // 5 * (sound.format == "OGG")  # sound files can end so much too early
-        if (len(waveform) < count - spare or not sound.tell()) and sound.frames < 2**40:  # above: a stream
-            raise ValueError("truncated")
-        if len(waveform) and not max(waveform.max(), -waveform.min()) < 1e6:
-            raise ValueError("holds NaN, Inf or numbers that are no sound")
-        return waveform
-
-    def window(self, i, length, rng):
-        """`length` samples from a random place in recording i, or all of it if it is shorter -> float32."""
-        with self.open(i) as sound:
-            rate, frames = sound.samplerate, sound.frames
-            count = math.ceil(length * rate / self.sample_rate)
-            start = int(rng.random() * (frames - count + 1)) if count < frames < 2**40 else 0
-            if start + count > 30 * rate:  # else no seek: slow in compressed audio, and long faulty there
-                sound.seek(start)
-                start = 0
-            return resample(self.read(sound, start + count)[start:], rate, self.sample_rate)[:length]
-
-    def windows(self, i, length):
-        """Recording i from start to end in windows of `length` samples, the last one shorter."""
-        with self.open(i) as sound:
-            ends = (round(k * length * sound.samplerate / self.sample_rate) for k in itertools.count(1))
-            while len(waveform := self.read(sound, next(ends) - sound.tell())):
-                yield resample(waveform, sound.samplerate, self.sample_rate)[:length]
-
-
-class PackedFrames(AudioFiles):
-    """Recordings as the fp16 log-mel frames of `pack`, counted in frames."""
-
-    def window(self, i, length, rng):
-        _, shard, first, count = self.entries[i].split(b"\0")
-        first, count = int(first), int(count)
-        start = first + int(rng.random() * max(count - length + 1, 1))
-        frames = map_frames(os.fsdecode(os.path.join(self.root, shard)))
-        return frames[start : min(start + length, first + count)]
-
-
-class AudioClips(Dataset):
-    """Everything `--data` may be -> waveforms [samples], float32, or, `packed`, log-mel frames [T, F], fp16.
-    `clips[i]` is clip i of the epoch chosen with `set_epoch`, a pure function of (seed, epoch, i). A longer
-    recording gives a random window. A shorter one is filled up, end to end, with others, lest most patches be
-    the same silence; only less than a patch of rest is silent. One that cannot be used is replaced likewise.
-    Any DataLoader takes it. That of train.py asks for a batch by its (epoch, i) and gets (batch, tried, bad):
-    the number of recordings read, and (name, reason) of those that could not be used; the batch is None if
-    ten in a row could not. ValueError: no audio. `index_file`: a .npy of what `find_recordings` gave."""
-
-    def __init__(self, path, sample_rate=32000, clip_seconds=10.0, seed=0, index_file=None):
-        self.seed, self.epoch, self.packed = seed, 0, os.path.isfile(os.path.join(path, "pack.json"))
-        if self.packed:
-            with open(os.path.join(path, "pack.json")) as file:
-                if (rate := json.load(file)["sample_rate"]) != sample_rate:
-                    raise ValueError(f"{path}: packed at {rate} Hz, not at {sample_rate}")
-            self.source = PackedFrames(path, np.load(os.path.join(path, "index.npy"), mmap_mode="r"), rate)
-            self.length, self.patch, self.silence = round(clip_seconds * FRAME_RATE), 16, math.log(FLOOR)
+def write_atomically(path: str | os.PathLike, content: bytes | np.ndarray) -> None:
+    """Write a file (an array as .npy) all at once: a crash leaves the old one or the new one."""
+    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
+    with open(temporary, "wb") as file:
+        if isinstance(content, np.ndarray):
+            np.save(file, content)
         else:
-            root = path if os.path.isdir(path) else os.path.dirname(path)
-            entries = find_recordings(path) if index_file is None else np.load(index_file, mmap_mode="r")
-            self.source, self.silence = AudioFiles(root, entries, sample_rate), 0.0
-            self.length, self.patch = round(clip_seconds * sample_rate), round(sample_rate * 0.625)
-        if (self.source.entries.dtype.kind, self.source.entries.ndim) != ("S", 1) or not len(self):
-            raise ValueError(f"{path}: nothing in it")
-        self.fingerprint = f"{len(self)} recordings, crc {zlib.crc32(self.source.entries):08x}"
+            file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
-    def set_epoch(self, epoch):
-        self.epoch = epoch
+
+# ------------------------------------------------------------------------------------------------
+# python data.py scan | pack
+
+
+class EachRecording(Dataset):
+    """work(files, i) for every recording, in worker processes -> (i, answer, reason it failed)."""
+
+    def __init__(self, files, work):
+        self.files = files
+        self.work = work
 
     def __len__(self):
-        return len(self.source.entries)
-
-    def name(self, i):
-        return os.fsdecode(self.source.entries[i].split(b"\0")[0])
+        return len(self.files)
 
     def __getitem__(self, i):
-        parts, _, bad = self.fetch(self.epoch, range(len(self))[i])
-        if parts is None:
-            raise RuntimeError(f"{len(bad)} recordings in a row cannot be used, at last {': '.join(bad[-1])}")
-        ours = len(parts[0]) == self.length and not self.packed  # what is packed is part of a mapped file
-        return torch.from_numpy(parts[0] if ours else np.concatenate(parts))
-
-    def __getitems__(self, keys):
-        if not isinstance(keys[0], tuple):  # a DataLoader that knows nothing of epochs
-            return [self[i] for i in keys]
-        parts, tried, bad = zip(*(self.fetch(epoch, i) for epoch, i in keys))
-        batch = None if None in parts else torch.from_numpy(np.concatenate(sum(parts, [])))  # copied once
-        return None if batch is None else batch.unflatten(0, (-1, self.length)), sum(tried), sum(bad, [])
-
-    def fetch(self, epoch, i):
-        rng = random.Random(f"clip {i} of epoch {epoch}, seed {self.seed}")
-        parts, missing, bad = [], self.length, []
-        for tried in range(1, 101):  # bounded, for a set of nothing but clicks
-            try:
-                parts.append(self.source.window(i, missing, rng))
-                missing -= len(parts[-1])
-            except CANNOT_USE as error:
-                bad.append((self.name(i), str(error) or type(error).__name__))
-            if len(bad) == 10 and not parts:
-                return None, tried, bad
-            if missing < self.patch:
-                break
-            i = rng.randrange(len(self))
-        parts.append(np.full((missing, *parts[0].shape[1:]), self.silence, parts[0].dtype))
-        return parts, tried, bad
-
-
-class SyntheticClips(AudioClips):
-    """Sound without a download, no two epochs alike: notes, chirps, noise bursts, rhythms, 3 to 8 each."""
-
-    def __init__(self, sample_rate=32000, clip_seconds=10.0, seed=0, num_clips=10000):
-        self.seed, self.epoch, self.packed, self.fingerprint = seed, 0, False, "synthetic clips"
-        self.source, self.entries, self.silence = self, range(num_clips), 0.0
-        self.length = self.patch = round(sample_rate * clip_seconds)
-        rng, kinds = np.random.default_rng(seed), np.repeat(["note", "chirp", "burst", "hit"], 48)
-        self.sounds = [self.sound(kind, sample_rate, rng) for kind in kinds]  # once: clips only add
-        self.floor = rng.standard_normal(2 * self.length, dtype=np.float32) * 1e-3
-
-    def sound(self, kind, sample_rate, rng):
-        seconds = 0.12 if kind == "hit" else rng.uniform(0.3, 2)
-        t = np.arange(int(seconds * sample_rate)) / sample_rate
-        low, high = np.exp(rng.uniform(np.log(80), np.log(sample_rate / 8), 2))
-        phase = 2 * np.pi * (low * t + (kind == "chirp") * (high - low) * t**2 / (2 * seconds))
-        wave = sum(np.sin(k * phase) / k for k in (1, 2, 3)) if kind in ("note", "chirp") else (
-            rng.standard_normal(len(t)) * np.sin(phase))
-        return (wave * np.minimum(t / 0.01, 1) * np.exp(-t / seconds * rng.uniform(1, 6))).astype(np.float32)
-
-    def window(self, i, length, rng):
-        at = rng.randrange(length)
-        clip = self.floor[at : at + length].copy()
-        for _ in range(rng.randint(3, 8)):
-            kind = rng.randrange(len(self.sounds))
-            sound = self.sounds[kind] * np.float32(10 ** rng.uniform(-1.5, -0.3))
-            at, beat = rng.randrange(length), rng.randrange(len(sound), 3 * len(sound))
-            repeats = rng.randint(4, 16) if kind >= 144 else 1  # hits make rhythms
-            for begin in range(at, min(at + repeats * beat, length), beat):
-                clip[begin : begin + len(sound)] += sound[: length - begin]
-        return clip
-
-
-def attempt(work, files, i):
-    try:
-        return i, work(files, i), None
-    except CANNOT_USE as error:
-        return i, None, str(error) or type(error).__name__
+        try:
+            return i, self.work(self.files, i), None
+        except UNREADABLE as error:
+            return i, None, str(error)
 
 
 def in_workers(work, files, indices):
-    """work(files, i) of many recordings, by all cores, in order -> (i, answer, None) or (i, None, reason)."""
-    return DataLoader(indices, batch_size=None, num_workers=os.cpu_count(),
-                      collate_fn=functools.partial(attempt, work, files))  # which runs in the worker
+    """Yield work(files, i) of many recordings, in order, from as many workers as we have cores."""
+    return DataLoader(
+        EachRecording(files, work), batch_size=None, sampler=indices, num_workers=usable_cores()
+    )
+
+
+def usable_cores() -> int:
+    """The cores that this process may use: fewer than the machine's under Slurm or Docker."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 def describe(files, i):
-    """A recording decoded to its end -> (seconds, sample rate, channels, peak)."""
+    """A recording, decoded to its end -> (seconds, sample rate, channels, peak)."""
     with files.open(i) as sound:
-        peak = samples = 0
-        while len(waveform := files.read(sound, 2**20)):
-            peak, samples = max(peak, abs(waveform).max()), samples + len(waveform)
-        return samples / sound.samplerate, sound.samplerate, sound.channels, float(peak)
+        samples = 0
+        peak = 0.0
+        while True:
+            waveform = decode(sound, 60 * sound.samplerate)
+            if len(waveform) == 0:
+                break
+            samples += len(waveform)
+            peak = max(peak, float(np.abs(waveform).max()))
+        if samples == 0:
+            raise ValueError("nothing in it can be decoded")
+        return samples / sound.samplerate, sound.samplerate, sound.channels, peak
 
 
-def scan(path):
-    clips, good, bad = AudioClips(path), [], []
-    for i, row, reason in tqdm(in_workers(describe, clips.source, range(len(clips))), unit=" recordings"):
-        bad.append(f"    {printable(clips.name(i))}: {reason}") if reason else good.append(row)
-    seconds, rates, channels, peaks = zip(*good) if good else [()] * 4
-    lengths = [next(edge for edge in (0.625, 9.9, 10.1, 60, math.inf) if x < edge) for x in seconds]
-    table = list(zip(("recordings", "hours", "silent", "unreadable"),
-                     (len(clips), f"{sum(seconds) / 3600:.2f}", peaks.count(0), len(bad))))
-    for values, label in ((rates, "{} Hz"), (channels, "{} channels"), (lengths, "under {:g} s")):
-        table += [(label.format(value), n) for value, n in zip(*np.unique(values, return_counts=True))]
-    print("\n".join([f"{label:>18}  {value}" for label, value in table] + bad))
+def scan(files):
+    """Print what a set holds."""
+    hours = 0.0
+    silent = 0
+    bad = []
+    kinds = {}  # how many recordings have this rate, these channels, this length
+    for i, row, reason in tqdm(in_workers(describe, files, range(len(files))), unit=" recordings"):
+        if reason is not None:
+            bad.append(f"{printable(files.name(i))}: {reason}")
+            continue
+        seconds, rate, channels, peak = row
+        hours += seconds / 3600
+        silent += peak == 0
+        longer_than = max(edge for edge in (0, 1, 5, 10, 60, 600) if edge <= seconds)
+        for kind in (f"{rate} Hz", f"{channels} channels", f"from {longer_than} s"):
+            kinds[kind] = kinds.get(kind, 0) + 1
+    print(f"{'recordings':>18}  {len(files)}")
+    print(f"{'hours':>18}  {hours:.2f}")
+    print(f"{'silent':>18}  {silent}")
+    print(f"{'unreadable':>18}  {len(bad)}")
+    for kind, number in sorted(kinds.items()):
+        print(f"{kind:>18}  {number}")
+    for line in bad:
+        print(f"    {line}")
 
 
 def all_frames(log_mel, files, i):
-    """A whole recording -> raw log-mel frames [T, F], fp16, of windows of 10 s that meet without overlap."""
-    frames, samples = [], 10 * files.sample_rate
+    """A whole recording -> raw log-mel frames [T, F], fp16, of 10 s at a time."""
+    samples = 10 * files.rate
+    frames = []
     for waveform in files.windows(i, samples):
-        clip = F.pad(torch.from_numpy(waveform.copy())[None], (0, samples - len(waveform)))
-        frames.append(log_mel.frames(clip)[0, : max(1, round(len(waveform) / log_mel.hop))].half())
-    return torch.cat(frames).numpy()  # by value: a tensor would travel as an open file
+        clip = torch.zeros(1, samples)
+        clip[0, : len(waveform)] = torch.from_numpy(waveform)
+        with_sound = max(1, round(len(waveform) / log_mel.hop))
+        frames.append(log_mel.frames(clip)[0, :with_sound].half())
+    return torch.cat(frames).numpy()
 
 
-def pack(path, out, sample_rate):
-    """Write all recordings as log-mel frames, a thousand to a shard. Run again, it keeps what is there."""
-    clips, index = AudioClips(path, sample_rate), []
-    prefix = f"{zlib.crc32(f'{clips.fingerprint}, {sample_rate} Hz'.encode()):08x}"  # other sets do not meet
-    work = functools.partial(all_frames, LogMel(sample_rate))
+def pack(files, out):
+    """Write all recordings as log-mel frames, a thousand to a file. Run again, it goes on."""
     os.makedirs(out, exist_ok=True)
-    for begin in tqdm(range(0, len(clips), 1000), unit=" shards"):
-        name = f"{prefix}-{begin // 1000:06d}.f16"
-        if not os.path.exists(known := os.path.join(out, f"index-{name}.npy")):  # is written last
-            rows = []
-            with open(os.path.join(out, name), "wb") as file:
-                for i, mel, reason in in_workers(work, clips.source, range(len(clips))[begin : begin + 1000]):
-                    if reason:
-                        tqdm.write(f"left out: {printable(clips.name(i))}: {reason}")
-                    else:
-                        rows.append(os.fsencode(f"{clips.name(i)}\0{name}\0{file.tell() // 256}\0{len(mel)}"))
-                        file.write(mel)  # 256 bytes a frame
-                os.fsync(file.flush() or file.fileno())
-            write_atomically(known, np.array(rows, "S"))
-        index += np.load(known).tolist()
-    write_atomically(os.path.join(out, "index.npy"), np.array(index))
-    write_atomically(os.path.join(out, "pack.json"), json.dumps(dict(sample_rate=sample_rate)).encode())
+    work = functools.partial(all_frames, LogMel(files.rate))
+    set_of_files = f"{files.fingerprint}, {files.rate} Hz"
+    prefix = f"{zlib.crc32(set_of_files.encode()):08x}"  # another set has other names
+    index = []
+    for begin in tqdm(range(0, len(files), 1000), unit=" shards"):
+        shard = f"{prefix}-{begin // 1000:06d}.f16"
+        shard_index = os.path.join(out, f"index-{shard}.npy")
+        if not os.path.exists(shard_index):  # it is written last
+            indices = range(begin, min(begin + 1000, len(files)))
+            entries = pack_shard(files, work, indices, os.path.join(out, shard))
+            write_atomically(shard_index, np.array(entries, "S"))
+        index += np.load(shard_index).tolist()
+    write_atomically(os.path.join(out, "index.npy"), np.array(index, "S"))
+    description = json.dumps({"sample_rate": files.rate})
+    write_atomically(os.path.join(out, "pack.json"), description.encode())
+    print(f"{len(index)} of {len(files)} recordings packed in {printable(out)}")
+
+
+def pack_shard(files, work, indices, path):
+    """Write one file of frames -> its entries: name, shard, first frame, number of frames."""
+    entries = []
+    first = 0
+    with open(path, "wb") as file:
+        for i, frames, reason in in_workers(work, files, indices):
+            if reason is not None:
+                tqdm.write(f"left out: {printable(files.name(i))}: {reason}")
+                continue
+            entry = f"{files.name(i)}\0{os.path.basename(path)}\0{first}\0{len(frames)}"
+            entries.append(os.fsencode(entry))
+            file.write(frames.tobytes())
+            first += len(frames)
+        file.flush()
+        os.fsync(file.fileno())
+    return entries
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Look at a set of audio, or pack it.")
+    parser.add_argument("command", choices=["scan", "pack"])
+    parser.add_argument("path", help="what --data of train.py takes")
+    parser.add_argument("out", nargs="?", default="packed", help="folder that pack writes")
+    parser.add_argument("--sample-rate", type=int, default=32000, help="of pack, in Hz")
+    args = parser.parse_args()
+    try:
+        files = AudioClips(args.path, args.sample_rate).source
+        if isinstance(files, PackedFrames):
+            raise ValueError(f"{args.path}: is packed already")
+        if args.command == "scan":
+            scan(files)
+        else:
+            pack(files, args.out)
+    except UNREADABLE as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.error = lambda message: parser.exit(2, f"data.py: error: {message}\n")  # one line
-    parser.add_argument("command", choices=("scan", "pack"))
-    parser.add_argument("path", help="what --data takes")
-    parser.add_argument("out", nargs="?", default="packed", help="of pack: folder to write (default: packed)")
-    parser.add_argument("--sample-rate", type=int, default=32000, help="of pack (default: 32000)")
-    args = parser.parse_args()
-    try:
-        if os.path.isfile(os.path.join(args.path, "pack.json")):
-            raise ValueError(f"{args.path}: is packed already")
-        scan(args.path) if args.command == "scan" else pack(args.path, args.out, args.sample_rate)
-    except CANNOT_USE as error:
-        parser.error(error)
+    main()

@@ -8,9 +8,12 @@ A recording is cut into windows as long as a training clip (10 s), the last one 
 gives 16 columns of 625 ms, a column holds 8 tokens, one a frequency band. Only columns that sound reaches
 into are used. B clips or windows, R rows of a window (columns, log-mel frames), K numbers in a row, L tokens.
 """
+
 import argparse, collections, copy, datetime, itertools, json, math, os, shutil, signal, sys, tempfile
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads leave the workers their core; before torch
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # idle threads leave the workers their core; before torch
 import numpy as np
 import torch, torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -18,8 +21,18 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from data import CANNOT_USE, AudioClips, LogMel, printable, write_atomically
-from model import (CORES, RANK, WORLD, JEPAConfig, VisionTransformer, choose_amp, choose_device,
-                   frozen_encoder, keep_freed_memory, load_checkpoint)
+from model import (
+    CORES,
+    RANK,
+    WORLD,
+    JEPAConfig,
+    VisionTransformer,
+    choose_amp,
+    choose_device,
+    frozen_encoder,
+    keep_freed_memory,
+    load_checkpoint,
+)
 
 OUR_NAMES = {"_orig_mod.": "", "patch_embed.proj": "patch_embed", "Wqkv": "qkv", "out_proj": "proj"}
 INERT = dict(__init__=lambda self, *_: None, __setstate__=lambda self, _: None)
@@ -37,7 +50,9 @@ class AuthorsLogMel(LogMel):
 
     def forward(self, waveform):
         waveform = waveform / waveform.abs().amax(1, keepdim=True).clamp(min=1e-6)
-        frames = self.frames(F.pad(waveform, (310, 0)))[:, 1:256]  # frame 1 then starts where the clip does
+        frames = self.frames(F.pad(waveform, (310, 0)))[
+            :, 1:256
+        ]  # frame 1 then starts where the clip does
         return self.normalise(F.pad(frames, (0, 0, 0, 1)))
 
 
@@ -52,14 +67,20 @@ def load_authors(path):
         for old, new in OUR_NAMES.items():
             name = name.replace(old, new)
         network, name = name.split(".", 1)
-        tensor = tensor.flatten(1) if name == "patch_embed.weight" else tensor  # of their convolution
+        tensor = (
+            tensor.flatten(1) if name == "patch_embed.weight" else tensor
+        )  # of their convolution
         networks[network][name] = tensor.squeeze(0) if name == "pos_embed" else tensor
     target = networks["target_encoder"]
     dim, hidden = len(target["patch_embed.weight"]), len(target["blocks.0.mlp.fc1.weight"])
     depth = len({name.split(".")[1] for name in target if name.startswith("blocks.")})
     config = vars(JEPAConfig(dim=dim, depth=depth, heads=dim // 64, mlp_ratio=hidden / dim))
-    return dict(config=dict(model=config, log_mel=None), step=theirs.get("global_step", 0),
-                target_encoder=target, context_encoder=networks["encoder"])
+    return dict(
+        config=dict(model=config, log_mel=None),
+        step=theirs.get("global_step", 0),
+        target_encoder=target,
+        context_encoder=networks["encoder"],
+    )
 
 
 def read_encoder(path, which):
@@ -72,13 +93,20 @@ def read_encoder(path, which):
         except Exception:  # whatever an untrusted file makes the reader raise
             raise refusal from None
     try:
-        config, front_end = JEPAConfig(**checkpoint["config"]["model"]), checkpoint["config"]["log_mel"]
+        config, front_end = (
+            JEPAConfig(**checkpoint["config"]["model"]),
+            checkpoint["config"]["log_mel"],
+        )
         log_mel = AuthorsLogMel() if front_end is None else LogMel(**front_end)
         bins = [log_mel.config[name] - getattr(config, name) for name in ("time_bins", "mel_bins")]
         rate = log_mel.config["sample_rate"]
         if any(bins) or type(rate) is not int or not 1000 <= rate <= 768000:
             raise ValueError(f"a front end of {front_end}")
-        return frozen_encoder(config, checkpoint[f"{which}_encoder"]), log_mel, int(checkpoint["step"])
+        return (
+            frozen_encoder(config, checkpoint[f"{which}_encoder"]),
+            log_mel,
+            int(checkpoint["step"]),
+        )
     except Exception as error:  # whatever an untrusted file makes us raise
         raise ValueError(f"{path}: refused, {' '.join(repr(error).split()):.200}") from None
 
@@ -96,7 +124,9 @@ class AudioJEPAEncoder(torch.nn.Module):
         checkpoint = checkpoint or os.environ.get("AUDIO_JEPA_CHECKPOINT")
         self.bands = bands or os.environ.get("AUDIO_JEPA_BANDS", "concat")
         if checkpoint is None or self.bands not in ("concat", "mean"):
-            raise ValueError(f"AUDIO_JEPA_CHECKPOINT: {checkpoint}; bands: {self.bands} (concat or mean)")
+            raise ValueError(
+                f"AUDIO_JEPA_CHECKPOINT: {checkpoint}; bands: {self.bands} (concat or mean)"
+            )
         self.network, self.log_mel, self.step = read_encoder(checkpoint, which)
         self.grid, self.amp, front_end = self.network.config.grid, "auto", self.log_mel.config
         self.sampling_rate = front_end["sample_rate"]
@@ -115,7 +145,9 @@ class AudioJEPAEncoder(torch.nn.Module):
 
     def forward(self, waveform):
         if waveform.ndim != 2 or not waveform.shape[1] or not waveform.is_floating_point():
-            raise ValueError(f"a waveform of {waveform.dtype}, {list(waveform.shape)}: not float [B, T]")
+            raise ValueError(
+                f"a waveform of {waveform.dtype}, {list(waveform.shape)}: not float [B, T]"
+            )
         (B, T), waveform = waveform.shape, waveform.to(self.log_mel.window)
         windows = F.pad(waveform, (0, -T % self.window)).reshape(-1, self.window)
         rows = torch.cat([self.columns(self.log_mel(part)) for part in windows.split(32)])
@@ -140,7 +172,12 @@ class Windows(IterableDataset):
             try:
                 windows = itertools.chain(self.files.windows(i, self.window), [None])
                 for part, later in itertools.pairwise(windows):
-                    yield i, len(part), np.append(part, silence[len(part) :]), "end" if later is None else ""
+                    yield (
+                        i,
+                        len(part),
+                        np.append(part, silence[len(part) :]),
+                        "end" if later is None else "",
+                    )
             except CANNOT_USE as error:
                 yield i, 0, silence, str(error) or type(error).__name__
 
@@ -151,8 +188,12 @@ def embed(args, clips, encoder, views_of, num_views, pool, folder):
     "clip". -> {recording: (seconds, [np.memmap's arguments for its rows in each view])}, in order, in the
     first process; the others end here. ValueError at one that cannot be used, but with --skip-bad."""
     mine, device = range(RANK, len(clips), WORLD), encoder.log_mel.window.device
-    batches = DataLoader(Windows(clips.source, mine, encoder.window), args.batch_size,
-                         num_workers=args.workers, pin_memory=device.type == "cuda")
+    batches = DataLoader(
+        Windows(clips.source, mine, encoder.window),
+        args.batch_size,
+        num_workers=args.workers,
+        pin_memory=device.type == "cuda",
+    )
     found, pending = {}, collections.defaultdict(list)
     os.makedirs(folder, exist_ok=True)
     with tqdm(total=len(mine), unit=" recordings", disable=RANK > 0 or None) as bar:
@@ -162,7 +203,9 @@ def embed(args, clips, encoder, views_of, num_views, pool, folder):
             for b, (i, sound, end) in enumerate(zip(recordings.tolist(), sounds.tolist(), ends)):
                 held = [-(-sound * rows.shape[1] // encoder.window) for rows in views]  # rounded up
                 kept = [rows[b, :count] for rows, count in zip(views, held)]
-                pending[i].append([x.sum(0, keepdims=True) if pool == "clip" else x.copy() for x in kept])
+                pending[i].append(
+                    [x.sum(0, keepdims=True) if pool == "clip" else x.copy() for x in kept]
+                )
                 if not end:
                     continue
                 bar.update()
@@ -173,11 +216,16 @@ def embed(args, clips, encoder, views_of, num_views, pool, folder):
                         raise ValueError(f"{line} (--skip-bad leaves such out)")
                     tqdm.write(f"left out: {line}", file=sys.stderr)
                     continue
-                found[i] = ((len(parts[0]) - 1) * encoder.window + sound) / encoder.sampling_rate, []
+                found[i] = (
+                    ((len(parts[0]) - 1) * encoder.window + sound) / encoder.sampling_rate,
+                    [],
+                )
                 for windows, file, rows, count in zip(parts, files, views, held):
                     made = np.concatenate(windows)
                     if pool == "clip":
-                        made = made.sum(0, keepdims=True) / ((len(windows) - 1) * rows.shape[1] + count)
+                        made = made.sum(0, keepdims=True) / (
+                            (len(windows) - 1) * rows.shape[1] + count
+                        )
                     found[i][1].append((file.name, np.float32, "r", file.tell(), made.shape))
                     made.tofile(file)
     everyone = [found] * WORLD
@@ -199,16 +247,31 @@ def save_embeddings(args, clips, encoder, folder):
         for place in places:
             np.memmap(*place).tofile(file)
     rows = np.memmap(file.name, np.float32, "r", shape=(int(offsets[-1]), encoder.output_dim))
-    config = dict(model=vars(encoder.network.config), log_mel=encoder.log_mel.config, bands=args.bands,
-                  pool=args.pool, encoder=args.encoder)
+    config = dict(
+        model=vars(encoder.network.config),
+        log_mel=encoder.log_mel.config,
+        bands=args.bands,
+        pool=args.pool,
+        encoder=args.encoder,
+    )
     with open(f"{folder}/npz", "wb") as file:
-        np.savez(file, embeddings=rows, offsets=offsets, paths=[clips.name(i) for i in found],
-                 seconds=seconds, sample_rate=encoder.sampling_rate, hop_ms=encoder.hop_size_in_ms,
-                 step=encoder.step, config=json.dumps(config))
+        np.savez(
+            file,
+            embeddings=rows,
+            offsets=offsets,
+            paths=[clips.name(i) for i in found],
+            seconds=seconds,
+            sample_rate=encoder.sampling_rate,
+            hop_ms=encoder.hop_size_in_ms,
+            step=encoder.step,
+            config=json.dumps(config),
+        )
         file.flush()
         os.fsync(file.fileno())
     os.replace(f"{folder}/npz", args.out)
-    print(f"{printable(args.out)}: {len(found)} of {len(clips)} recordings, embeddings {list(rows.shape)}")
+    print(
+        f"{printable(args.out)}: {len(found)} of {len(clips)} recordings, embeddings {list(rows.shape)}"
+    )
 
 
 def knn(probe, embeddings, labels, classes, train, test):
@@ -235,12 +298,16 @@ class Probe(torch.nn.Module):
         super().__init__()
         self.norm, self.head = torch.nn.LayerNorm(width), torch.nn.Linear(width, classes)
         self.query, heads = torch.nn.Parameter(0.02 * torch.randn(1, width)), math.gcd(8, width)
-        self.attention = torch.nn.MultiheadAttention(width, heads, batch_first=True) if attentive else None
+        self.attention = (
+            torch.nn.MultiheadAttention(width, heads, batch_first=True) if attentive else None
+        )
 
     def forward(self, tokens, padding):
         tokens = self.norm(tokens)
         if self.attention is not None:
-            tokens, _ = self.attention(self.query.expand(len(tokens), 1, -1), tokens, tokens, padding)
+            tokens, _ = self.attention(
+                self.query.expand(len(tokens), 1, -1), tokens, tokens, padding
+            )
         return self.head(tokens[:, 0])
 
 
@@ -262,7 +329,9 @@ def train_probe(tokens_of, attentive, labels, classes, train, valid, test):
 
     @torch.no_grad()
     def score(split):
-        return sum((logits(x).argmax(1) == labels[x]).sum().item() for x in split.split(32)) / len(split)
+        return sum((logits(x).argmax(1) == labels[x]).sum().item() for x in split.split(32)) / len(
+            split
+        )
 
     for epoch in range(10):
         optimizer.param_groups[0]["lr"] = 1e-3 * (0.55 + 0.45 * math.cos(math.pi * epoch / 10))
@@ -287,32 +356,61 @@ def read_task(args, names):
     ValueError if the folders are neither."""
     folders, indices = [name.split("/")[:-1] for name in names], torch.arange(len(names))
     split = np.array([folder[0] if folder else "" for folder in folders])
-    has_splits = {"train", "test"} <= {*split} or {*split} <= {"train", "valid", "val", "dev", "test"}
+    has_splits = {"train", "test"} <= {*split} or {*split} <= {
+        "train",
+        "valid",
+        "val",
+        "dev",
+        "test",
+    }
     labels = [(*folder, "", "")[has_splits] for folder in folders]
-    misnamed = has_splits and (args.folds or {*split} - {"valid"} != {"train", "test"}) or "" in labels
+    misnamed = (
+        has_splits and (args.folds or {*split} - {"valid"} != {"train", "test"}) or "" in labels
+    )
     if misnamed or len({*labels}) < 2 or len(names) < (args.folds or 5) * (not has_splits):
-        raise ValueError(f"{args.data}: not 2 LABELs in train/LABEL/*, test/LABEL/*, or LABEL/* (--folds)")
+        raise ValueError(
+            f"{args.data}: not 2 LABELs in train/LABEL/*, test/LABEL/*, or LABEL/* (--folds)"
+        )
     labels = torch.from_numpy(np.unique(labels, return_inverse=True)[1])
     if has_splits:
         return labels, [[indices[split == name] for name in ("train", "valid", "test")]]
     fold = deal(labels, args.folds or 5)  # without --folds, the first of five
-    return labels, [[indices[fold != n], indices[:0], indices[fold == n]] for n in range(args.folds or 1)]
+    return labels, [
+        [indices[fold != n], indices[:0], indices[fold == n]] for n in range(args.folds or 1)
+    ]
 
 
 def run_probes(args, clips, encoder, folder):
     """`--probe`: the accuracies of this encoder, and of the baselines that it has to beat."""
-    read_task(args, [clips.name(i) for i in range(len(clips))])  # may refuse: better now than in the end
+    read_task(
+        args, [clips.name(i) for i in range(len(clips))]
+    )  # may refuse: better now than in the end
     encoder.bands = "concat"
     torch.manual_seed(0)
     untrained, config = copy.deepcopy(encoder), encoder.network.config
     untrained.network = VisionTransformer(config).to(encoder.log_mel.window)
-    widths = {"this encoder, concat": config.dim, "this encoder, mean": config.dim,  # of a token
-              "untrained, concat": config.dim, "untrained, mean": config.dim, "log-mel": 2 * config.mel_bins}
+    widths = {
+        "this encoder, concat": config.dim,
+        "this encoder, mean": config.dim,  # of a token
+        "untrained, concat": config.dim,
+        "untrained, mean": config.dim,
+        "log-mel": 2 * config.mel_bins,
+    }
 
     def views_of(spectrogram):
-        views = [(columns, columns.unflatten(2, (encoder.grid[1], -1)).mean(2))  # [B, 16, 8 D], [B, 16, D]
-                 for columns in (encoder.columns(spectrogram), untrained.columns(spectrogram))]
-        return [*views[0], *views[1], torch.cat([spectrogram, spectrogram.square()], 3)[:, 0]]  # and moments
+        views = [
+            (
+                columns,
+                columns.unflatten(2, (encoder.grid[1], -1)).mean(2),
+            )  # [B, 16, 8 D], [B, 16, D]
+            for columns in (encoder.columns(spectrogram), untrained.columns(spectrogram))
+        ]
+        return [
+            *views[0],
+            *views[1],
+            torch.cat([spectrogram, spectrogram.square()], 3)[:, 0],
+        ]  # and moments
+
     pool = "time" if "attentive" in args.probe else "clip"
     found = embed(args, clips, encoder, views_of, len(widths), pool, folder)
     labels, splits = read_task(args, [clips.name(i) for i in found])
@@ -322,14 +420,37 @@ def run_probes(args, clips, encoder, folder):
         if view == "log-mel":
             mean, square = np.split(pooled, 2, 1)
             pooled = np.hstack([mean, np.sqrt(np.maximum(square - mean**2, 0))])  # mean and std
-        tokens_of = dict(linear=lambda clip: pooled[clip : clip + 1],
-                         attentive=lambda clip: np.memmap(*places[clip][n]).reshape(-1, width))
-        table[view] = {probe: float(np.mean([
-            knn(probe, torch.from_numpy(pooled), labels, classes, train, test) if probe not in tokens_of else
-            train_probe(tokens_of[probe], probe == "attentive", labels, classes, train, valid, test)
-            for train, valid, test in splits])) for probe in args.probe}
-    sizes = dict(zip(("train", "valid", "test"), map(len, splits[0])), classes=classes, folds=len(splits))
-    about = dict(data=args.data, checkpoint=args.checkpoint, step=encoder.step, encoder=args.encoder, **sizes)
+        tokens_of = dict(
+            linear=lambda clip: pooled[clip : clip + 1],
+            attentive=lambda clip: np.memmap(*places[clip][n]).reshape(-1, width),
+        )
+        table[view] = {
+            probe: float(
+                np.mean(
+                    [
+                        knn(probe, torch.from_numpy(pooled), labels, classes, train, test)
+                        if probe not in tokens_of
+                        else train_probe(
+                            tokens_of[probe],
+                            probe == "attentive",
+                            labels,
+                            classes,
+                            train,
+                            valid,
+                            test,
+                        )
+                        for train, valid, test in splits
+                    ]
+                )
+            )
+            for probe in args.probe
+        }
+    sizes = dict(
+        zip(("train", "valid", "test"), map(len, splits[0])), classes=classes, folds=len(splits)
+    )
+    about = dict(
+        data=args.data, checkpoint=args.checkpoint, step=encoder.step, encoder=args.encoder, **sizes
+    )
     print("  ".join(f"{name} {printable(str(value))}" for name, value in about.items()))
     print(" " * 22, *(f"{probe:>11}" for probe in args.probe))
     for view, row in table.items():
@@ -348,13 +469,35 @@ def parse_args(argv):
     parser.error = fail  # one line, without the usage
     add = parser.add_argument
     add("checkpoint", help="last.pt or step-*.pt of train.py, or the authors' file")
-    add("data", help="as train.py's --data, except a packed folder; for --probe, folders by split and label")
+    add(
+        "data",
+        help="as train.py's --data, except a packed folder; for --probe, folders by split and label",
+    )
     add("--out", metavar="FILE.npz", help="write embeddings")
-    add("--bands", choices=["concat", "mean"], default="concat", help="of --out: frequency bands of a column")
-    add("--pool", choices=["clip", "time"], default="clip", help="of --out: a row a recording or each 625 ms")
+    add(
+        "--bands",
+        choices=["concat", "mean"],
+        default="concat",
+        help="of --out: frequency bands of a column",
+    )
+    add(
+        "--pool",
+        choices=["clip", "time"],
+        default="clip",
+        help="of --out: a row a recording or each 625 ms",
+    )
     add("--encoder", choices=["target", "context"], default="target", help="which of the two")
-    add("--probe", nargs="+", choices=["knn", "xares-knn", "linear", "attentive"], help="measure accuracies")
-    add("--folds", type=int, help="cross-validate on LABEL/*; without it, a fifth of the clips is the test")
+    add(
+        "--probe",
+        nargs="+",
+        choices=["knn", "xares-knn", "linear", "attentive"],
+        help="measure accuracies",
+    )
+    add(
+        "--folds",
+        type=int,
+        help="cross-validate on LABEL/*; without it, a fifth of the clips is the test",
+    )
     add("--json", metavar="FILE", help="write the accuracies as well")
     add("--skip-bad", action="store_true", help="leave out recordings that cannot be used")
     add("--batch-size", type=int, default=32, help="windows that pass through the encoder at once")
@@ -365,9 +508,17 @@ def parse_args(argv):
         value = getattr(args, name)
         if value is not None and not least <= value <= most:
             parser.error(f"--{name.replace('_', '-')} {value} is not between {least} and {most}")
-    if bool(args.out) == bool(args.probe) or os.path.isdir(args.out or "") or (args.out or "").endswith("/"):
+    if (
+        bool(args.out) == bool(args.probe)
+        or os.path.isdir(args.out or "")
+        or (args.out or "").endswith("/")
+    ):
         parser.error("name one thing to do: --out FILE.npz (no folder), or --probe")
-    if args.out and (args.json or args.folds) or not os.path.isdir(os.path.dirname(args.json or "") or "."):
+    if (
+        args.out
+        and (args.json or args.folds)
+        or not os.path.isdir(os.path.dirname(args.json or "") or ".")
+    ):
         parser.error("--json FILE, in a folder that exists, and --folds go with --probe")
     return args
 

@@ -1,107 +1,164 @@
 # SPDX-License-Identifier: MIT
-"""Which patches are hidden (sec. IV.A), and the moving average that makes the target encoder (eq. (3)).
+"""Which patches are hidden (sec. IV.A), and the moving average that is the target encoder (eq. (3)).
 
-A mask is two index tensors, never booleans: context_idx [B, C] are the visible patches of each clip,
-target_idx [B, M] the masked ones, C + M = N. Indices count the grid time-major: patch = t * mel_patches + f.
-B clips, N patches of a clip.
+A mask is two tensors of patch numbers, never booleans: `context_idx` [B, C] are the visible
+patches of each clip, `target_idx` [B, M] the masked ones, and C + M = N. Patches are numbered
+time-major, patch = t * mel_patches + f. Here is one mask on a grid of 4 x 3 (time x mel), with
+brackets around what is masked:
+
+    f = 2      2   [ 5]    8   [11]        context_idx = [0, 2, 3, 6, 8, 10]
+    f = 1    [ 1]  [ 4]  [ 7]   10         target_idx  = [1, 4, 5, 7, 9, 11]
+    f = 0      0     3     6   [ 9]
+             t = 0 t = 1 t = 2 t = 3
+
+Letters in the shape comments: B clips, N patches of a clip, C context (visible) patches, M masked
+patches, R rectangles.
 
 `python masking.py` draws one mask of each kind.
 """
+
 import math
 import random
 
 import torch
+from torch import nn
 
 
-def random_mask(batch_size, grid, num_masked, generator):
-    """Hide `num_masked` patches of each clip, drawn uniformly and anew for every clip: the paper's masking.
+def random_mask(
+    batch_size: int, grid: tuple[int, int], num_masked: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hide `num_masked` patches of each clip, drawn uniformly and anew for every clip.
 
-    grid = (time, mel) in patches -> (context_idx [B, N - num_masked], target_idx [B, num_masked]), int64 on
-    the generator's device, each row ascending. ValueError if nothing would be hidden or nothing seen.
+    This is the paper's masking. grid = (time, mel) in patches -> (context_idx [B, N - num_masked],
+    target_idx [B, num_masked]), int64, on the generator's device, each row ascending. ValueError if
+    nothing would be hidden or nothing seen.
     """
-    noise = torch.rand(batch_size, grid[0] * grid[1], generator=generator, device=generator.device)
-    return split_patches(noise, num_masked)
+    num_patches = grid[0] * grid[1]
+    noise = torch.rand(batch_size, num_patches, generator=generator, device=generator.device)
+    return hide_lowest(noise, num_masked)
 
 
-def block_mask(batch_size, grid, num_masked, generator):
-    """Hide rectangles, in the manner of I-JEPA's multi-block masks: the strategy that the paper found worse
-    (sec. IV.A).
+def block_mask(
+    batch_size: int, grid: tuple[int, int], num_masked: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hide rectangles of patches, in the manner of I-JEPA: what the paper found worse (sec. IV.A).
 
-    Arguments and answer as in `random_mask`. Rectangles of 15 to 20 % of the grid, 0.75 to 1.5 times as long
-    in time as in mel, are laid over each clip one after another until `num_masked` patches are covered. The
-    last one is thinned at random, so that no corner of the grid is favoured. I-JEPA uses four and lets their
-    union vary; an exact count keeps clips in one tensor and processes in balance. All that is not hidden is
-    context.
+    Arguments and answer are those of `random_mask`. Rectangles of 15 to 20 % of the grid are laid
+    over each clip, one after another, until `num_masked` patches are covered; of the last one only
+    as many patches as are still needed, picked at random. (I-JEPA lays four and lets the covered
+    number vary. With an exact number the clips of a batch fit into one tensor.)
     """
-    time, mel, device = *grid, generator.device
-    blocks = 4 * math.ceil(1 / 0.15)  # four times what would tile the grid; what they leave bare comes last
+    time, mel = grid
+    device = generator.device
+    num_rectangles = 28  # four times as many as tile the grid, so that few patches stay bare
 
     def uniform(low, high):
-        return low + (high - low) * torch.rand(batch_size, blocks, 1, generator=generator, device=device)
+        noise = torch.rand(batch_size, num_rectangles, 1, generator=generator, device=device)
+        return low + (high - low) * noise  # [B, R, 1]
 
-    area, aspect = uniform(0.15, 0.20) * time * mel, uniform(0.75, 1.5)  # two draws: size tells no shape
-    height = (area * aspect).sqrt().round().clamp(1, time)  # [B, blocks, 1], patches in time
-    width = (area / aspect).sqrt().round().clamp(1, mel)  # patches in mel
-    top = (uniform(0, 1) * (time - height + 1)).floor()  # + 1: the last row and column can be covered too
+    # Sizes. Area and aspect are two separate draws, so that large rectangles have all shapes.
+    area = uniform(0.15, 0.20) * time * mel
+    aspect = uniform(0.75, 1.5)
+    height = (area * aspect).sqrt().round().clamp(1, time)  # [B, R, 1], patches in time
+    width = (area / aspect).sqrt().round().clamp(1, mel)  # [B, R, 1], patches in mel
+
+    # Corners. The + 1 lets a rectangle end on the last row or column as well.
+    top = (uniform(0, 1) * (time - height + 1)).floor()
     left = (uniform(0, 1) * (mel - width + 1)).floor()
-    patch = torch.arange(time * mel, device=device)  # [N]
-    t, f = patch // mel, patch % mel
-    covers = (top <= t) & (t < top + height) & (left <= f) & (f < left + width)  # [B, blocks, N]
-    first = torch.where(covers.any(1), covers.float().argmax(1), blocks)  # [B, N], the block that hid it
+
+    # Cover. For each patch, the number of the first rectangle that lies on it.
+    patch = torch.arange(time * mel, device=device)
+    t = patch // mel
+    f = patch % mel
+    inside_time = (top <= t) & (t < top + height)  # [B, R, N]
+    inside_mel = (left <= f) & (f < left + width)
+    covers = inside_time & inside_mel
+    first = covers.float().argmax(1)  # [B, N]
+    first = torch.where(covers.any(1), first, num_rectangles)  # bare patches come last
+
+    # Thin. Patches are hidden in the order of their rectangles. Noise adds a fraction to this whole
+    # number: it shuffles the patches of one rectangle, and never moves one into another rectangle.
     noise = torch.rand(batch_size, time * mel, generator=generator, device=device)
-    return split_patches(first + noise, num_masked)
+    return hide_lowest(first + noise, num_masked)
 
 
-def split_patches(order, num_masked):
-    """The `num_masked` patches of lowest `order` [B, N] are masked, the rest seen -> (context_idx,
-    target_idx)."""
-    if not 0 < num_masked < order.shape[1]:
-        raise ValueError(f"{num_masked} of {order.shape[1]} patches masked: some must be, and some not")
+MASKS = {"random": random_mask, "block": block_mask}
+
+
+def hide_lowest(order: torch.Tensor, num_masked: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mask the `num_masked` patches of lowest order [B, N] -> (context_idx, target_idx)."""
+    num_patches = order.shape[1]
+    if not 0 < num_masked < num_patches:
+        raise ValueError(
+            f"{num_masked} of {num_patches} patches masked: some must be, and some not"
+        )
     patches = order.argsort(dim=1)
-    return patches[:, num_masked:].sort(dim=1).values, patches[:, :num_masked].sort(dim=1).values
+    target_idx = patches[:, :num_masked].sort(dim=1).values
+    context_idx = patches[:, num_masked:].sort(dim=1).values
+    return context_idx, target_idx
 
 
-def draw_masks(strategy, seed, step, batch_size, grid, mask_ratio, device):
-    """The masks of one step's global batch, a pure function of (seed, step): whoever draws them, and
-    whenever, gets the same.
+def draw_masks(
+    mask,
+    seed: int,
+    step: int,
+    batch_size: int,
+    grid: tuple[int, int],
+    mask_ratio: tuple[float, float],
+    device: torch.device | str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The masks of one step's batch -> (context_idx [B, C], target_idx [B, M]).
 
-    One share per step from U(mask_ratio), so that every clip has equally many masked patches; `strategy` is
-    one of the two above -> (context_idx [B, C], target_idx [B, M]).
+    `mask` is one of the functions above. The masked share is drawn once a step from U(mask_ratio)
+    (sec. IV.A), so that all clips of the batch have equally many masked patches.
+
+    The answer is a pure function of (seed, step): it needs no random state from the step before.
+    That is why a run that is continued, or split over processes, draws the same masks, and why no
+    random state is ever saved.
     """
-    rng = random.Random(f"masks of seed {seed}, step {step}")  # hashed: near seeds draw unrelated masks
-    patches = grid[0] * grid[1]
-    num_masked = min(max(round(rng.uniform(*mask_ratio) * patches), 1), patches - 1)
+    rng = random.Random(f"masks of seed {seed}, step {step}")  # hashed: near seeds share nothing
+    num_patches = grid[0] * grid[1]
+    num_masked = round(rng.uniform(*mask_ratio) * num_patches)
+    num_masked = min(max(num_masked, 1), num_patches - 1)
     generator = torch.Generator(device).manual_seed(rng.getrandbits(63))
-    return strategy(batch_size, grid, num_masked, generator)
+    return mask(batch_size, grid, num_masked, generator)
 
 
-def ema_decay(step, steps, base=0.996):
-    """tau of eq. (3) at a step: BYOL's cosine from `base` at step 0 to 1 at `steps`."""
-    return 1 - (1 - base) * (1 + math.cos(math.pi * min(step / steps, 1))) / 2
+def ema_decay(step: int, steps: int, base: float = 0.996) -> float:
+    """tau of eq. (3) at a step: BYOL's cosine, from `base` at step 0 to 1 at `steps`."""
+    progress = min(step / steps, 1.0)
+    return 1 - (1 - base) * (1 + math.cos(math.pi * progress)) / 2
 
 
 @torch.no_grad()
-def update_ema(target, context, decay):
-    """Eq. (3), theta_tgt <- tau theta_tgt + (1 - tau) theta_ctx, in place, over every parameter and buffer of
-    two modules.
+def update_ema(target: nn.Module, context: nn.Module, decay: float) -> None:
+    """Eq. (3), theta_tgt <- tau theta_tgt + (1 - tau) theta_ctx, in place, with tau = `decay`.
 
-    ValueError if their names differ. Call it once per optimiser step, right after it, on fp32 weights: at tau
-    = 0.9999 a bf16 weight would never move.
+    Covers every parameter and buffer of the two modules; ValueError if their names differ. Call it
+    once per optimizer step, right after it, on fp32 weights: at tau = 0.9999 the change is smaller
+    than what bf16 can resolve, and a bf16 weight would never move.
     """
-    theirs, ours = (dict([*m.named_parameters(), *m.named_buffers()]) for m in (context, target))
-    if theirs.keys() != ours.keys():
-        raise ValueError(f"the two encoders differ in {sorted(theirs.keys() ^ ours.keys())}")
-    moving = [name for name, tensor in ours.items() if tensor.is_floating_point()]
-    torch._foreach_lerp_([ours[name] for name in moving], [theirs[name] for name in moving], 1 - decay)
-    for name in ours.keys() - moving:  # counters cannot be averaged
-        ours[name].copy_(theirs[name])
+    context_state = context.state_dict()
+    target_state = (
+        target.state_dict()
+    )  # its tensors are the module's own, so that we can write to them
+    if target_state.keys() != context_state.keys():
+        odd_ones = sorted(target_state.keys() ^ context_state.keys())
+        raise ValueError(f"the two encoders differ in {odd_ones}")
+    for name, tensor in target_state.items():
+        if tensor.is_floating_point():
+            tensor.lerp_(context_state[name], 1 - decay)
+        else:
+            tensor.copy_(context_state[name])  # counters cannot be averaged
 
 
 if __name__ == "__main__":
-    TIME, MEL = 16, 8
-    for strategy in (random_mask, block_mask):
-        _, target_idx = draw_masks(strategy, 0, 0, 1, (TIME, MEL), (0.4, 0.6), "cpu")
+    TIME = 16
+    MEL = 8
+    for name, mask in MASKS.items():
+        _, target_idx = draw_masks(mask, 0, 0, 1, (TIME, MEL), (0.4, 0.6), "cpu")
         masked = set(target_idx[0].tolist())
-        print(f"{strategy.__name__}: {len(masked)} of {TIME * MEL} masked (#); time to the right, mel up")
+        print(f"{name}: {len(masked)} of {TIME * MEL} masked (#); time to the right, mel up")
         for f in reversed(range(MEL)):
-            print("    " + " ".join("#" if t * MEL + f in masked else "." for t in range(TIME)))
+            row = ["#" if t * MEL + f in masked else "." for t in range(TIME)]
+            print("    " + " ".join(row))

@@ -47,7 +47,9 @@ import train
 from model import JEPAConfig, JEPA, Predictor, PRESETS, VisionTransformer
 
 HERE = Path(__file__).parent
-heavy = pytest.mark.skipif("HEAVY" not in os.environ, reason="takes tens of minutes: HEAVY=1 runs it")
+heavy = pytest.mark.skipif(
+    "HEAVY" not in os.environ, reason="takes tens of minutes: HEAVY=1 runs it"
+)
 torch.set_num_threads(1)  # networks this small gain nothing from more
 SMALL = JEPAConfig(
     time_bins=64,
@@ -86,7 +88,9 @@ def test_the_defaults_have_the_papers_size():
 
 def test_position_table_has_mel_in_its_first_half_and_time_in_its_second():
     table = model.sincos_positions(32, (4, 3)).view(4, 3, 32)
-    assert torch.equal(table[0, :, :16], table[3, :, :16]) and torch.equal(table[:, 0, 16:], table[:, 2, 16:])
+    assert torch.equal(table[0, :, :16], table[3, :, :16]) and torch.equal(
+        table[:, 0, 16:], table[:, 2, 16:]
+    )
     assert len(table.reshape(12, 32).unique(dim=0)) == 12
 
 
@@ -141,8 +145,14 @@ def test_a_prediction_changes_with_the_position_it_is_asked_for():
 
 
 def test_predictions_follow_the_order_of_their_indices():
-    predictor, context, context_idx = Predictor(SMALL), torch.randn(1, 6, 32), torch.arange(6).unsqueeze(0)
-    forth, back = (predictor(context, context_idx, torch.tensor([idx])) for idx in ([7, 9, 11], [11, 9, 7]))
+    predictor, context, context_idx = (
+        Predictor(SMALL),
+        torch.randn(1, 6, 32),
+        torch.arange(6).unsqueeze(0),
+    )
+    forth, back = (
+        predictor(context, context_idx, torch.tensor([idx])) for idx in ([7, 9, 11], [11, 9, 7])
+    )
     assert torch.allclose(forth, back.flip(1), atol=1e-6)
 
 
@@ -152,7 +162,9 @@ def test_weights_start_with_the_std_that_is_claimed():
             assert block.attn.qkv.weight.std().item() == pytest.approx(0.02, rel=0.05)
             assert block.mlp.fc1.weight.std().item() == pytest.approx(0.02, rel=0.05)
             for projection in (block.attn.proj, block.mlp.fc2):
-                assert projection.weight.std().item() == pytest.approx(0.02 / math.sqrt(2 * i), rel=0.05)
+                assert projection.weight.std().item() == pytest.approx(
+                    0.02 / math.sqrt(2 * i), rel=0.05
+                )
                 assert not projection.bias.any()
 
 
@@ -160,7 +172,9 @@ def test_the_loss_is_equation_2_on_normalised_targets():
     jepa = JEPA(SMALL)
     spectrogram, targets = torch.randn(2, 1, 64, 48), torch.randn(2, 12, 32) * 7 + 3
     context_idx, target_idx = masking.random_mask(2, SMALL.grid, 5, generator())
-    predictions = jepa.predictor(jepa.context_encoder(spectrogram, context_idx), context_idx, target_idx)
+    predictions = jepa.predictor(
+        jepa.context_encoder(spectrogram, context_idx), context_idx, target_idx
+    )
     total = 0.0
     for b in range(2):
         for j, n in enumerate(target_idx[b]):
@@ -179,7 +193,11 @@ def test_targets_may_come_whole_or_masked():
 
 def test_the_scale_of_the_targets_cannot_lower_the_loss():
     for loss in model.LOSSES:
-        jepa, spectrogram, targets = JEPA(SMALL, loss), torch.randn(2, 1, 64, 48), torch.randn(2, 12, 32)
+        jepa, spectrogram, targets = (
+            JEPA(SMALL, loss),
+            torch.randn(2, 1, 64, 48),
+            torch.randn(2, 12, 32),
+        )
         masks = masking.random_mask(2, SMALL.grid, 5, generator())
         one, shrunk = jepa(spectrogram, *masks, targets), jepa(spectrogram, *masks, targets * 0.1)
         assert torch.allclose(one, shrunk, rtol=1e-2) and one.shape == ()
@@ -203,7 +221,9 @@ def test_gradients_reach_every_trained_weight_and_no_target():
 def test_the_loss_is_computed_in_fp32_under_autocast():
     jepa, targets = JEPA(SMALL), torch.randn(2, 12, 32)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = jepa(torch.randn(2, 1, 64, 48), *masking.random_mask(2, SMALL.grid, 5, generator()), targets)
+        loss = jepa(
+            torch.randn(2, 1, 64, 48), *masking.random_mask(2, SMALL.grid, 5, generator()), targets
+        )
     assert loss.dtype == torch.float32
 
 
@@ -290,7 +310,8 @@ def test_masks_are_a_pure_function_of_seed_and_step(strategy):
 
     assert torch.equal(draw(1, 5), draw(1, 5))
     assert not any(
-        torch.equal(a, b) for a, b in itertools.combinations([draw(1, 5), draw(1, 6), draw(2, 5)], 2)
+        torch.equal(a, b)
+        for a, b in itertools.combinations([draw(1, 5), draw(1, 6), draw(2, 5)], 2)
     )
 
 
@@ -307,7 +328,9 @@ def test_no_mask_is_empty_and_none_is_all():
         with pytest.raises(ValueError, match="patches masked"):
             masking.random_mask(2, (16, 8), num_masked, generator())
     for ratio in ((0.001, 0.001), (0.999, 0.999)):
-        context_idx, target_idx = masking.draw_masks(masking.random_mask, 0, 0, 2, (1, 4), ratio, "cpu")
+        context_idx, target_idx = masking.draw_masks(
+            masking.random_mask, 0, 0, 2, (1, 4), ratio, "cpu"
+        )
         assert context_idx.shape[1] >= 1 and target_idx.shape[1] >= 1
 
 
@@ -333,7 +356,10 @@ def test_ema_covers_buffers_and_refuses_other_names():
     target, context = torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)
     context(torch.randn(8, 3))
     masking.update_ema(target, context, 0.5)
-    assert torch.allclose(target.running_mean, 0.5 * context.running_mean) and target.num_batches_tracked == 1
+    assert (
+        torch.allclose(target.running_mean, 0.5 * context.running_mean)
+        and target.num_batches_tracked == 1
+    )
     with pytest.raises(ValueError, match="running_mean"):
         masking.update_ema(target, torch.nn.LayerNorm(3), 0.5)
 
@@ -349,11 +375,15 @@ def test_ema_at_one_moves_nothing():
 
 
 def tone(seconds=1.0, rate=32000, hertz=440.0):
-    return (0.3 * np.sin(2 * np.pi * hertz * np.arange(int(seconds * rate)) / rate)).astype(np.float32)
+    return (0.3 * np.sin(2 * np.pi * hertz * np.arange(int(seconds * rate)) / rate)).astype(
+        np.float32
+    )
 
 
 def noise(seconds, rate=32000, seed=0):
-    return (0.1 * np.random.default_rng(seed).standard_normal(int(seconds * rate))).astype(np.float32)
+    return (0.1 * np.random.default_rng(seed).standard_normal(int(seconds * rate))).astype(
+        np.float32
+    )
 
 
 def corpus(folder, clips=12, seconds=2.0):
@@ -361,7 +391,9 @@ def corpus(folder, clips=12, seconds=2.0):
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(clips):
         soundfile.write(
-            folder / f"{i:03d}.wav", tone(seconds, hertz=200 + 70 * i) + noise(seconds, seed=i) / 4, 32000
+            folder / f"{i:03d}.wav",
+            tone(seconds, hertz=200 + 70 * i) + noise(seconds, seed=i) / 4,
+            32000,
         )
     return folder
 
@@ -396,7 +428,10 @@ def test_log_mel_is_kaldis(rate, mels):
 
 
 def test_the_log_mel_of_a_clip_depends_on_neither_company_nor_threads():
-    log_mel, waveform = data.LogMel(), torch.from_numpy(np.stack([noise(10, seed=n) for n in range(5)]))
+    log_mel, waveform = (
+        data.LogMel(),
+        torch.from_numpy(np.stack([noise(10, seed=n) for n in range(5)])),
+    )
     alone = torch.cat([log_mel(row[None]) for row in waveform])
     torch.set_num_threads(2)
     try:
@@ -417,12 +452,16 @@ def test_no_mel_filter_is_empty():
 
 def test_normalisation_is_mean_and_std():
     raw, waveform = data.LogMel(), torch.from_numpy(noise(10))[None]
-    assert torch.allclose(data.LogMel(mean=-5.0, std=2.0)(waveform), (raw(waveform) + 5) / 2, atol=1e-5)
+    assert torch.allclose(
+        data.LogMel(mean=-5.0, std=2.0)(waveform), (raw(waveform) + 5) / 2, atol=1e-5
+    )
 
 
 def test_a_patch_is_625_ms_at_every_clip_length():
     for seconds in (0.625, 1.25, 5.0, 30.0):
-        frames = data.LogMel(32000, seconds, round(seconds * 25.6))(torch.zeros(1, round(seconds * 32000)))
+        frames = data.LogMel(32000, seconds, round(seconds * 25.6))(
+            torch.zeros(1, round(seconds * 32000))
+        )
         assert frames.shape == (1, 1, round(seconds * 25.6), 128)
 
 
@@ -442,7 +481,10 @@ def test_every_layout_of_data_gives_the_same_recordings(tmp_path):
         with tarfile.open(tmp_path / "shards" / f"{k}.tar", "w") as tar:
             for i in some:
                 tar.add(folder / f"{i:03d}.wav", f"{i:03d}.wav")
-    sets = [data.AudioClips(tmp_path / name) for name in ("a", "list.txt", "list.csv", "list.tsv", "shards")]
+    sets = [
+        data.AudioClips(tmp_path / name)
+        for name in ("a", "list.txt", "list.csv", "list.tsv", "shards")
+    ]
     for clips in sets:
         assert len(clips) == 5 and clips.name(3).endswith("003.wav")
         assert all(torch.equal(clips[i], sets[0][i]) for i in range(5))
@@ -497,7 +539,11 @@ def test_a_clip_is_a_pure_function_of_seed_epoch_and_index(tmp_path):
         clips[5], clips.set_epoch(4)
         assert not torch.equal(clips[2], first)
         clips.set_epoch(3)
-        assert torch.equal(clips[2], first) and first.dtype == torch.float32 and first.shape == (40000,)
+        assert (
+            torch.equal(clips[2], first)
+            and first.dtype == torch.float32
+            and first.shape == (40000,)
+        )
         assert torch.equal(clips.__getitems__([(3, 2), (4, 0)])[0][0], first)
 
 
@@ -527,7 +573,9 @@ def test_windows_of_a_long_recording_reach_every_second(tmp_path):
 
 def test_a_short_recording_is_filled_up_with_others(tmp_path):
     for i in range(3):
-        soundfile.write(tmp_path / f"{i}.wav", np.full(3 * 32000, (i + 1) / 10), 32000, subtype="FLOAT")
+        soundfile.write(
+            tmp_path / f"{i}.wav", np.full(3 * 32000, (i + 1) / 10), 32000, subtype="FLOAT"
+        )
     clips = data.AudioClips(tmp_path)
     clip = clips[1]
     assert clip.shape == (320000,) and (clip[:96000] == 0.2).all() and (clip > 0.05).all()
@@ -597,7 +645,10 @@ def promise(path, samples):
     content = bytearray(path.read_bytes())
     page = content.rindex(b"OggS")
     length = int.from_bytes(content[page + 6 : page + 14], "little") + samples
-    content[page + 6 : page + 14], content[page + 22 : page + 26] = length.to_bytes(8, "little"), bytes(4)
+    content[page + 6 : page + 14], content[page + 22 : page + 26] = (
+        length.to_bytes(8, "little"),
+        bytes(4),
+    )
     crc = 0  # as libogg counts it
     for byte in content[page:]:
         crc ^= byte << 24
@@ -656,7 +707,9 @@ def test_a_tar_whose_member_has_a_negative_size_comes_to_an_end(tmp_path):
         lie = tarfile.TarInfo("b.wav")
         lie.size = -512
         tar.fileobj.write(lie.tobuf(tarfile.GNU_FORMAT))
-    assert [entry.split(b"\0")[0] for entry in data.find_recordings(tmp_path / "x.tar")] == [b"x.tar/a.wav"]
+    assert [entry.split(b"\0")[0] for entry in data.find_recordings(tmp_path / "x.tar")] == [
+        b"x.tar/a.wav"
+    ]
 
 
 def store_pack(folder, entries, frames):
@@ -670,7 +723,10 @@ def store_pack(folder, entries, frames):
 
 @pytest.mark.parametrize("wrong", ["half a frame", "count", "shard", "type", "shape"])
 def test_a_packed_folder_that_lies_is_refused(tmp_path, wrong):
-    shard, count = "../gone" if wrong == "shard" else "s.f16", "9" * 400 if wrong == "count" else "300"
+    shard, count = (
+        "../gone" if wrong == "shard" else "s.f16",
+        "9" * 400 if wrong == "count" else "300",
+    )
     entries = np.array(["\0".join(["a.wav", shard, "0", count]).encode()])
     entries = dict(type=np.arange(3), shape=entries[None]).get(wrong, entries)
     frames = {"s.f16": bytes(300 * 256 - 128 * (wrong == "half a frame"))}
@@ -683,7 +739,9 @@ def test_a_packed_folder_that_lies_is_refused(tmp_path, wrong):
 
 
 def test_a_set_of_many_shards_holds_no_files_open(tmp_path):
-    entries = np.array(["\0".join([f"{n}.wav", f"{n}.f16", "0", "300"]).encode() for n in range(100)])
+    entries = np.array(
+        ["\0".join([f"{n}.wav", f"{n}.f16", "0", "300"]).encode() for n in range(100)]
+    )
     clips = store_pack(tmp_path, entries, {f"{n}.f16": bytes(300 * 256) for n in range(100)})
     before = len(os.listdir("/proc/self/fd"))
     assert not any(bad for _, _, bad in map(clips.__getitems__, ([(0, n)] for n in range(100))))
@@ -740,7 +798,11 @@ def test_packing_keeps_the_log_mel_and_can_be_interrupted(tmp_path, monkeypatch)
 def test_what_is_packed_is_not_scanned_or_packed_again(tmp_path):
     data.pack(corpus(tmp_path / "c", 2), tmp_path / "p", 32000)
     done = run_cli("data.py", "scan", tmp_path / "p")
-    assert done.returncode == 2 and "packed already" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert (
+        done.returncode == 2
+        and "packed already" in done.stderr
+        and len(done.stderr.splitlines()) == 1
+    )
 
 
 def test_scan_counts_and_writes_nothing(tmp_path):
@@ -749,7 +811,10 @@ def test_scan_counts_and_writes_nothing(tmp_path):
     break_file(folder / "bad", "text")
     before = sorted(tmp_path.rglob("*"))
     done = run_cli("data.py", "scan", folder)
-    table = {label.strip(): value for label, value in re.findall(r"^ *(\S.*?)  (\S+)$", done.stdout, re.M)}
+    table = {
+        label.strip(): value
+        for label, value in re.findall(r"^ *(\S.*?)  (\S+)$", done.stdout, re.M)
+    }
     assert done.returncode == 0 and sorted(tmp_path.rglob("*")) == before
     assert (table["recordings"], table["silent"], table["unreadable"]) == ("6", "1", "1")
     assert (table["32000 Hz"], table["44100 Hz"], table["2 channels"]) == (
@@ -815,7 +880,8 @@ def same(one, other, names=("context_encoder", "target_encoder", "predictor"), t
 def steady(log):
     """The log without its clocks."""
     return [
-        {k: v for k, v in row.items() if k not in ("clips_per_s", "data_wait", "memory_gib")} for row in log
+        {k: v for k, v in row.items() if k not in ("clips_per_s", "data_wait", "memory_gib")}
+        for row in log
     ]
 
 
@@ -849,7 +915,12 @@ def test_the_defaults_are_the_papers():
         1000,
     )
     assert (args.weight_decay, args.ema, args.mask_ratio) == (0.05, 0.996, [0.4, 0.6])
-    assert (args.mask, args.loss, args.sample_rate, args.clip_seconds) == ("random", "l2", 32000, 10.0)
+    assert (args.mask, args.loss, args.sample_rate, args.clip_seconds) == (
+        "random",
+        "l2",
+        32000,
+        10.0,
+    )
 
 
 def test_monitors_expose_a_collapse():
@@ -934,7 +1005,9 @@ def test_weight_decay_spares_biases_norms_and_the_mask_token(reference):
 def test_accumulation_is_the_same_run(reference, tmp_path):
     checkpoint, log = pretrain(tmp_path, "--accum", 4)
     losses = [[float(row["loss"]) for row in rows] for rows in (log, reference[1])]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and same(checkpoint, reference[0], tolerance=1e-4)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and same(
+        checkpoint, reference[0], tolerance=1e-4
+    )
 
 
 def torchrun(out, processes, *flags, script="train.py", launcher=()):
@@ -967,7 +1040,9 @@ def test_two_processes_are_the_same_run(reference, tmp_path):
         values = [[float(row[name]) for row in rows] for rows in (log, reference[1])]
         assert values[0] == pytest.approx(values[1], rel=1e-3 if name == "grad_norm" else 1e-4)
     assert same(checkpoint, reference[0], tolerance=1e-4)
-    assert not any(name.startswith(("module.", "_orig_mod.")) for name in checkpoint["context_encoder"])
+    assert not any(
+        name.startswith(("module.", "_orig_mod.")) for name in checkpoint["context_encoder"]
+    )
 
 
 UNLUCKY = """
@@ -1030,7 +1105,9 @@ def test_a_run_that_was_stopped_ends_bit_for_bit_like_one_that_was_not(
         assert pretrain(tmp_path / "parts", *flags)[0]["step"] == 12
     parts = pretrain(tmp_path / "parts", *flags)
     assert same(whole[0], parts[0]) and steady(whole[1]) == steady(parts[1])
-    for one, other in zip(whole[0]["optimizer"]["state"].values(), parts[0]["optimizer"]["state"].values()):
+    for one, other in zip(
+        whole[0]["optimizer"]["state"].values(), parts[0]["optimizer"]["state"].values()
+    ):
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -1041,7 +1118,9 @@ def test_a_log_is_cut_back_to_the_checkpoint(tmp_path, monkeypatch, reference):
     monkeypatch.undo()
     stop_after(monkeypatch, 16)
     pretrain(tmp_path)
-    shutil.copy(tmp_path / "kept", tmp_path / "last.pt")  # as if killed between a log line and a checkpoint
+    shutil.copy(
+        tmp_path / "kept", tmp_path / "last.pt"
+    )  # as if killed between a log line and a checkpoint
     monkeypatch.undo()
     assert steady(pretrain(tmp_path)[1]) == steady(reference[1])
 
@@ -1148,7 +1227,9 @@ def test_every_bad_recording_of_a_corpus_is_replaced_and_listed_once(tmp_path):
     _, log = pretrain(tmp_path / "out", "--data", folder, "--steps", 60, "--batch-size", 12)
     lines = (tmp_path / "out" / "bad_files.txt").read_text().splitlines()
     names, reasons = zip(*(line.split("\t") for line in lines))
-    assert sorted(Path(name).stem for name in names) == sorted(f"bad {n}" for n in range(len(BROKEN)))
+    assert sorted(Path(name).stem for name in names) == sorted(
+        f"bad {n}" for n in range(len(BROKEN))
+    )
     assert all(reasons) and int(log[-1]["bad_files"]) >= len(BROKEN)
     assert all(math.isfinite(float(value)) for row in log for value in row.values())
 
@@ -1197,12 +1278,16 @@ def test_every_choice_trains(tmp_path, flags):
 
 def test_compiled_networks_stop_recompiling_at_the_second_size_of_a_mask(tmp_path, monkeypatch):
     counter, compile_with = CompileCounterWithBackend("aot_eager"), torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda network: compile_with(network, backend=counter))
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda network: compile_with(network, backend=counter)
+    )
     small = dataclasses.replace(PRESETS["tiny"], depth=1, predictor_depth=1)
     monkeypatch.setitem(PRESETS, "tiny", small)
     _, eager = pretrain(tmp_path / "eager", "--steps", 6)
     _, compiled = pretrain(tmp_path / "compiled", "--steps", 6, "--compile")
-    assert len({row["masked"] for row in compiled}) > 2 and counter.frame_count == 5  # target: one size only
+    assert (
+        len({row["masked"] for row in compiled}) > 2 and counter.frame_count == 5
+    )  # target: one size only
     losses = [[float(row["loss"]) for row in log] for log in (compiled, eager)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
@@ -1212,9 +1297,16 @@ def test_what_is_wrong_with_the_data_is_said_in_one_line(tmp_path, capsys):
     (tmp_path / "list.txt").write_text("gone.wav\n")
     (tmp_path / "x.bin").write_bytes(b"\0")
     assert "does not exist" in fails(capsys, *TINY, "--out", tmp_path / "out", "--data", "")
-    for path in (tmp_path / "nowhere", tmp_path / "empty", tmp_path / "list.txt", tmp_path / "x.bin"):
+    for path in (
+        tmp_path / "nowhere",
+        tmp_path / "empty",
+        tmp_path / "list.txt",
+        tmp_path / "x.bin",
+    ):
         assert str(path) in fails(capsys, *TINY, "--out", tmp_path / "out", "--data", path)
-    assert "gone.wav" in fails(capsys, *TINY, "--out", tmp_path / "out", "--data", tmp_path / "list.txt")
+    assert "gone.wav" in fails(
+        capsys, *TINY, "--out", tmp_path / "out", "--data", tmp_path / "list.txt"
+    )
 
 
 @pytest.mark.parametrize(
@@ -1286,7 +1378,10 @@ def test_a_checkpoint_whose_config_or_state_lies_is_refused(tmp_path, capsys):
         dict(optimizer=checkpoint["optimizer"] | dict(state={0: dict(step=torch.tensor(1.0))})),
     ]
     lies += [
-        dict(target_encoder=checkpoint["target_encoder"] | {"norm.weight": torch.zeros(1).expand(10**12)})
+        dict(
+            target_encoder=checkpoint["target_encoder"]
+            | {"norm.weight": torch.zeros(1).expand(10**12)}
+        )
     ]
     for lie in lies:
         torch.save(checkpoint | lie, tmp_path / "last.pt")
@@ -1322,19 +1417,24 @@ def test_a_signal_ends_a_run_within_the_step(tmp_path):
 def started(pid):
     """The processes that a process started itself."""
     return [
-        int(line) for line in subprocess.run(["pgrep", "-P", str(pid)], capture_output=True).stdout.split()
+        int(line)
+        for line in subprocess.run(["pgrep", "-P", str(pid)], capture_output=True).stdout.split()
     ]
 
 
 @heavy
 @pytest.mark.parametrize("victim,kills", [("process", 8), ("worker", 4), ("rank", 8)])
 def test_heavy_kills_at_any_moment_leave_no_trace(tmp_path, victim, kills):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] * (victim == "rank")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] * (
+        victim == "rank"
+    )
     flags = [*TINY, "--workers", "1", "--steps", "400", "--log-every", "5", "--out"]
 
     def start(out, *more):
         command = [sys.executable, *launcher, "train.py", *flags, str(out), *more]
-        return subprocess.Popen(command, cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return subprocess.Popen(
+            command, cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
 
     assert start(tmp_path / "whole").wait() == 0
     whole, killed = read_run(tmp_path / "whole"), 0
@@ -1347,7 +1447,10 @@ def test_heavy_kills_at_any_moment_leave_no_trace(tmp_path, victim, kills):
             killed += 1
         process.wait(120)
         if (tmp_path / "killed" / "last.pt").exists():
-            assert torch.load(tmp_path / "killed" / "last.pt", weights_only=True)["step"] % 7 in (0, 1)
+            assert torch.load(tmp_path / "killed" / "last.pt", weights_only=True)["step"] % 7 in (
+                0,
+                1,
+            )
         for checkpoint in (tmp_path / "killed").glob("step-*.pt"):  # 92 MB each
             checkpoint.unlink()
     assert start(tmp_path / "killed").wait() == 0
@@ -1377,7 +1480,8 @@ def test_the_benchmark_measures_and_writes_nothing(tmp_path, capsys, monkeypatch
     train.main([*TINY, "--benchmark", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     assert all(
-        word in printed for word in ("reading", "log-mel", "step alone", "all together", "TFLOP/s", "GiB")
+        word in printed
+        for word in ("reading", "log-mel", "step alone", "all together", "TFLOP/s", "GiB")
     )
     assert not list(tmp_path.iterdir())
 
@@ -1387,9 +1491,14 @@ def test_the_benchmark_measures_and_writes_nothing(tmp_path, capsys, monkeypatch
 
 def store_encoders(path, config, log_mel):
     """A checkpoint without a run: two encoders that differ."""
-    weights = {f"{which}_encoder": VisionTransformer(config).state_dict() for which in ("target", "context")}
+    weights = {
+        f"{which}_encoder": VisionTransformer(config).state_dict()
+        for which in ("target", "context")
+    }
     stored = dict(
-        config=dict(model=vars(config), log_mel=log_mel.config), step=3, format=model.CHECKPOINT_FORMAT
+        config=dict(model=vars(config), log_mel=log_mel.config),
+        step=3,
+        format=model.CHECKPOINT_FORMAT,
     )
     torch.save(weights | stored, path)
     return path
@@ -1417,7 +1526,14 @@ def recordings(tmp_path_factory):
     """Of all lengths: shorter than a hop, exactly a window, several; mono and not, at three rates."""
     folder = tmp_path_factory.mktemp("recordings")
     for n, (seconds, rate, channels) in enumerate(
-        [(0.03, 32000, 1), (1.25, 32000, 1), (4.0, 44100, 2), (0.7, 8000, 1), (2.5, 32000, 1), (3.1, 8000, 2)]
+        [
+            (0.03, 32000, 1),
+            (1.25, 32000, 1),
+            (4.0, 44100, 2),
+            (0.7, 8000, 1),
+            (2.5, 32000, 1),
+            (3.1, 8000, 2),
+        ]
     ):
         sound = np.stack([noise(seconds, rate, seed=n + c) for c in range(channels)], 1)
         soundfile.write(folder / f"{n}.wav", sound, rate)
@@ -1459,7 +1575,9 @@ def test_embeddings_have_one_row_a_recording_in_sorted_order(encoder_file, recor
     "flags", [["--batch-size", 1], ["--batch-size", 5, "--workers", 2], ["--workers", 3]]
 )
 @pytest.mark.parametrize("amp", ["off", "bf16"])
-def test_embeddings_depend_on_neither_batching_nor_workers(encoder_file, recordings, tmp_path, flags, amp):
+def test_embeddings_depend_on_neither_batching_nor_workers(
+    encoder_file, recordings, tmp_path, flags, amp
+):
     one = embeddings(encoder_file, recordings, tmp_path / "a.npz", "--amp", amp)
     other = embeddings(encoder_file, recordings, tmp_path / "b.npz", "--amp", amp, *flags)
     assert np.abs(one["embeddings"] - other["embeddings"]).max() < 1e-5
@@ -1484,7 +1602,9 @@ def test_two_processes_write_the_same_embeddings(encoder_file, recordings, tmp_p
         assert np.abs(two["embeddings"] - one["embeddings"]).max() < 1e-5
 
 
-def test_rows_in_time_lie_between_offsets_and_their_mean_is_the_clips(encoder_file, recordings, tmp_path):
+def test_rows_in_time_lie_between_offsets_and_their_mean_is_the_clips(
+    encoder_file, recordings, tmp_path
+):
     time = embeddings(encoder_file, recordings, tmp_path / "t.npz", "--pool", "time")
     clip = embeddings(encoder_file, recordings, tmp_path / "c.npz")["embeddings"]
     rows = np.diff(time["offsets"])
@@ -1493,7 +1613,9 @@ def test_rows_in_time_lie_between_offsets_and_their_mean_is_the_clips(encoder_fi
         assert np.abs(time["embeddings"][first:last].mean(0) - clip[n]).max() < 1e-5
 
 
-def test_the_mean_of_the_bands_is_the_mean_of_their_concatenation(encoder_file, recordings, tmp_path):
+def test_the_mean_of_the_bands_is_the_mean_of_their_concatenation(
+    encoder_file, recordings, tmp_path
+):
     concat = embeddings(encoder_file, recordings, tmp_path / "c.npz")["embeddings"]
     mean = embeddings(encoder_file, recordings, tmp_path / "m.npz", "--bands", "mean")["embeddings"]
     assert mean.shape == (6, 32) and np.abs(concat.reshape(6, 8, 32).mean(1) - mean).max() < 1e-5
@@ -1510,11 +1632,15 @@ def test_the_encoder_that_is_asked_for_sees_padded_windows(encoder_file, tmp_pat
     with torch.no_grad():
         tokens = network(data.LogMel(**checkpoint["config"]["log_mel"])(windows))  # [2, 16, D]
     wanted = tokens.view(4, 8, 32).flatten(1).mean(0)  # 1.9 s reach into all four columns
-    made = embeddings(encoder_file, tmp_path, tmp_path / "e.npz", "--encoder", which, "--amp", "off")
+    made = embeddings(
+        encoder_file, tmp_path, tmp_path / "e.npz", "--encoder", which, "--amp", "off"
+    )
     assert np.abs(made["embeddings"][0] - wanted.numpy()).max() < 1e-4
 
 
-def test_a_bad_recording_stops_with_its_name_or_is_left_out(encoder_file, recordings, tmp_path, capsys):
+def test_a_bad_recording_stops_with_its_name_or_is_left_out(
+    encoder_file, recordings, tmp_path, capsys
+):
     folder = tmp_path / "some"
     shutil.copytree(recordings, folder)
     sound = tone(6)
@@ -1525,7 +1651,10 @@ def test_a_bad_recording_stops_with_its_name_or_is_left_out(encoder_file, record
     assert "3b.wav" in line and "NaN" in line and not (tmp_path / "e.npz").exists()
     assert list(tmp_path.iterdir()) == [folder]
     made = embeddings(encoder_file, folder, tmp_path / "e.npz", "--skip-bad")
-    assert list(made["paths"]) == [f"{n}.wav" for n in range(6)] and np.isfinite(made["embeddings"]).all()
+    assert (
+        list(made["paths"]) == [f"{n}.wav" for n in range(6)]
+        and np.isfinite(made["embeddings"]).all()
+    )
     assert len([line for line in capsys.readouterr().err.splitlines() if "left out" in line]) == 2
     whole = embeddings(encoder_file, recordings, tmp_path / "w.npz")
     assert np.abs(made["embeddings"] - whole["embeddings"]).max() < 1e-5
@@ -1541,14 +1670,21 @@ def test_every_kind_of_bad_recording_is_left_out_once(encoder_file, recordings, 
     assert len(lines) == len(BROKEN) and all(
         any(f"bad {n}." in line for line in lines) for n in range(len(BROKEN))
     )
-    assert list(made["paths"]) == [f"{n}.wav" for n in range(6)] and np.isfinite(made["embeddings"]).all()
+    assert (
+        list(made["paths"]) == [f"{n}.wav" for n in range(6)]
+        and np.isfinite(made["embeddings"]).all()
+    )
 
 
 def test_names_of_any_bytes_come_back(encoder_file, tmp_path):
     for name in (b"a b.wav", b"c\nd.wav", b"\xff\xfe.wav"):
         soundfile.write(os.fsencode(tmp_path) + b"/" + name, tone(0.5), 32000, format="WAV")
     made = embeddings(encoder_file, tmp_path, tmp_path / "e.npz")
-    assert {os.fsencode(str(path)) for path in made["paths"]} == {b"a b.wav", b"c\nd.wav", b"\xff\xfe.wav"}
+    assert {os.fsencode(str(path)) for path in made["paths"]} == {
+        b"a b.wav",
+        b"c\nd.wav",
+        b"\xff\xfe.wav",
+    }
 
 
 def knn_in_numpy(x, y, train, test):
@@ -1557,7 +1693,9 @@ def knn_in_numpy(x, y, train, test):
     similarity = x[test] @ x[train].T
     nearest = np.argsort(-similarity, 1)[:, :10]
     weights = np.exp(np.take_along_axis(similarity, nearest, 1) / 0.07)
-    votes = [[w[y[train][n] == c].sum() for c in range(y.max() + 1)] for w, n in zip(weights, nearest)]
+    votes = [
+        [w[y[train][n] == c].sum() for c in range(y.max() + 1)] for w, n in zip(weights, nearest)
+    ]
     return (np.argmax(votes, 1) == y[test]).mean()
 
 
@@ -1593,9 +1731,9 @@ def test_xares_knn_is_its_formula():
     x, y, (train, valid, test) = labelled(0.5)
     close, nearest = (F.normalize(x[test], dim=1) @ F.normalize(x[train].T, dim=1)).topk(10)
     scores = (F.one_hot(y[train][nearest], 4) * (close / 0.07).softmax(1).unsqueeze(-1)).sum(1)
-    assert extract.knn("xares-knn", x, y, 4, train, test) == (scores.argmax(1) == y[test]).sum().item() / len(
-        test
-    )
+    assert extract.knn("xares-knn", x, y, 4, train, test) == (
+        scores.argmax(1) == y[test]
+    ).sum().item() / len(test)
 
 
 @pytest.mark.parametrize("attentive", [False, True])
@@ -1607,16 +1745,23 @@ def test_a_probe_finds_what_is_there_and_nothing_that_is_not(attentive):
     else:
         rows = x.unsqueeze(1).numpy()
     shuffled = y[torch.randperm(len(y))]
-    assert extract.train_probe(rows.__getitem__, attentive, y, 4, *split) >= (0.9 if attentive else 1.0)
+    assert extract.train_probe(rows.__getitem__, attentive, y, 4, *split) >= (
+        0.9 if attentive else 1.0
+    )
     assert extract.train_probe(rows.__getitem__, attentive, shuffled, 4, *split) < 0.5
 
 
 def test_the_attentive_probe_ignores_padding():
     probe = extract.Probe(16, 3, attentive=True)
-    tokens, padding = torch.randn(2, 5, 16), torch.tensor([[False] * 5, [False, False, True, True, True]])
+    tokens, padding = (
+        torch.randn(2, 5, 16),
+        torch.tensor([[False] * 5, [False, False, True, True, True]]),
+    )
     changed = torch.where(padding.unsqueeze(-1), 1e3, tokens)
     assert torch.allclose(probe(tokens, padding), probe(changed, padding), atol=1e-5)
-    assert torch.allclose(probe(tokens, padding)[1:], probe(tokens[1:, :2], padding[1:, :2]), atol=1e-5)
+    assert torch.allclose(
+        probe(tokens, padding)[1:], probe(tokens[1:, :2], padding[1:, :2]), atol=1e-5
+    )
 
 
 def notes(folder, clips, splits):
@@ -1641,11 +1786,21 @@ def test_probes_print_and_write_a_table_with_baselines(encoder_file, tmp_path, c
     printed, table = capsys.readouterr().out, json.loads((tmp_path / "t.json").read_text())
     assert (table["classes"], table["train"], table["test"], table["step"]) == (3, 12, 12, 3)
     assert table["valid"] == (12 if "valid" in splits else 0)
-    views = ["this encoder, concat", "this encoder, mean", "untrained, concat", "untrained, mean", "log-mel"]
+    views = [
+        "this encoder, concat",
+        "this encoder, mean",
+        "untrained, concat",
+        "untrained, mean",
+        "log-mel",
+    ]
     assert list(table["accuracy"]) == views and all(view in printed for view in views)
     for row in table["accuracy"].values():
         assert list(row) == PROBES[1:] and all(0 <= accuracy <= 1 for accuracy in row.values())
-    assert table["accuracy"]["log-mel"]["knn"] == table["accuracy"]["this encoder, concat"]["knn"] == 1.0
+    assert (
+        table["accuracy"]["log-mel"]["knn"]
+        == table["accuracy"]["this encoder, concat"]["knn"]
+        == 1.0
+    )
 
 
 def test_the_log_mel_baseline_is_mean_and_std_over_frames_that_hold_sound(
@@ -1669,7 +1824,9 @@ def test_folds_test_every_clip_once_with_all_classes_in_each():
     assert sorted(torch.cat([test for _, _, test in splits]).tolist()) == list(range(30))
     for train, valid, test in splits:
         assert (
-            not set(train.tolist()) & set(test.tolist()) and len(valid) == 0 and len(train) + len(test) == 30
+            not set(train.tolist()) & set(test.tolist())
+            and len(valid) == 0
+            and len(train) + len(test) == 30
         )
         assert labels[test].bincount().tolist() == [2, 2, 2]
     assert len(extract.read_task(SimpleNamespace(data="x", folds=None), names)[1]) == 1
@@ -1710,11 +1867,25 @@ def test_the_xares_contract(paper_file, monkeypatch):
     for bands, width in (("concat", 512), ("mean", 64)):
         monkeypatch.setenv("AUDIO_JEPA_BANDS", bands)
         encoder = extract.AudioJEPAEncoder()
-        assert (encoder.sampling_rate, encoder.hop_size_in_ms, encoder.output_dim) == (32000, 625.0, width)
-        for samples, rows in ((1000, 1), (50000, 3), (320000, 16), (320001, 17), (600 * 32000, 960)):
+        assert (encoder.sampling_rate, encoder.hop_size_in_ms, encoder.output_dim) == (
+            32000,
+            625.0,
+            width,
+        )
+        for samples, rows in (
+            (1000, 1),
+            (50000, 3),
+            (320000, 16),
+            (320001, 17),
+            (600 * 32000, 960),
+        ):
             with torch.inference_mode():
                 made = encoder(torch.randn(2 if samples < 10**6 else 1, samples))
-            assert made.shape[1:] == (rows, width) and made.dtype == torch.float32 and made.isfinite().all()
+            assert (
+                made.shape[1:] == (rows, width)
+                and made.dtype == torch.float32
+                and made.isfinite().all()
+            )
 
 
 def test_the_encoder_travels_to_a_spawned_process(paper_file):
@@ -1755,7 +1926,10 @@ class Unknown:
 def authors_file(path, ours, extra=None):
     """A stand-in for the authors' checkpoint: our weights under their names."""
     theirs = {"predictor.mask_token": torch.zeros(1, 1, 8)}
-    for prefix, which in (("target_encoder.", "target_encoder"), ("encoder._orig_mod.", "context_encoder")):
+    for prefix, which in (
+        ("target_encoder.", "target_encoder"),
+        ("encoder._orig_mod.", "context_encoder"),
+    ):
         for name, tensor in ours[which].items():
             if name == "patch_embed.weight":
                 tensor = tensor.view(-1, 1, 16, 16)
@@ -1840,13 +2014,18 @@ def test_a_file_that_is_damaged_or_lies_is_refused_with_its_name(paper_file, tmp
         dict(config=config | dict(log_mel=config["log_mel"] | dict(time_bins=0))),
         dict(config=config | dict(log_mel=config["log_mel"] | dict(sample_rate=10**400))),
         dict(config=config | dict(log_mel=config["log_mel"] | dict(sample_rate=32000.0))),
-        dict(config=config | dict(log_mel=config["log_mel"] | dict(sample_rate=32, clip_seconds=320.0))),
+        dict(
+            config=config
+            | dict(log_mel=config["log_mel"] | dict(sample_rate=32, clip_seconds=320.0))
+        ),
         dict(target_encoder=target | {"norm.weight": torch.zeros(1).expand(64)}),
         dict(target_encoder=target | {"norm.weight": torch.full((64,), math.nan)}),
         dict(target_encoder=target | {"norm.weight": torch.zeros(1).expand(10**12)}),
     ]:
         torch.save(ours | lie, path)
-        assert "bad.pt: refused" in refused(capsys, path, tmp_path, "--out", tmp_path / "e.npz"), lie
+        assert "bad.pt: refused" in refused(capsys, path, tmp_path, "--out", tmp_path / "e.npz"), (
+            lie
+        )
     assert "nowhere.pt: no such" in refused(
         capsys, tmp_path / "nowhere.pt", tmp_path, "--out", tmp_path / "e.npz"
     )
@@ -1879,9 +2058,13 @@ def test_an_absurd_flag_of_extract_is_refused_in_one_line(paper_file, capsys, fl
 
 
 def test_extract_says_what_is_wrong_with_the_data(paper_file, tmp_path, capsys):
-    assert "nowhere" in refused(capsys, paper_file, tmp_path / "nowhere", "--out", tmp_path / "e.npz")
+    assert "nowhere" in refused(
+        capsys, paper_file, tmp_path / "nowhere", "--out", tmp_path / "e.npz"
+    )
     (tmp_path / "empty").mkdir()
-    assert "no audio" in refused(capsys, paper_file, tmp_path / "empty", "--out", tmp_path / "e.npz")
+    assert "no audio" in refused(
+        capsys, paper_file, tmp_path / "empty", "--out", tmp_path / "e.npz"
+    )
     run_cli("data.py", "pack", corpus(tmp_path / "audio", 2, 0.5), tmp_path / "packed")
     assert "packed" in refused(capsys, paper_file, tmp_path / "packed", "--out", tmp_path / "e.npz")
 
@@ -1914,7 +2097,9 @@ def test_the_demonstrations_run():
 
 
 def test_every_flag_in_the_readme_exists_and_every_flag_is_read():
-    helped = "".join(run_cli(name, "--help").stdout for name in ("train.py", "data.py", "extract.py"))
+    helped = "".join(
+        run_cli(name, "--help").stdout for name in ("train.py", "data.py", "extract.py")
+    )
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", (HERE / "README.md").read_text()))
     named -= {"--nproc", "--standalone", "--max-jobs", "--max-restarts"}  # torchrun's and X-ARES's
     assert named and all(re.search(rf"{flag}\b", helped) for flag in named), named

@@ -1,399 +1,943 @@
 # SPDX-License-Identifier: MIT
-"""Pretrain Audio-JEPA (sec. IV.C): one process, or as many as torchrun starts.
+"""Pretrain Audio-JEPA (sec. IV.C), with one process or with as many as torchrun starts.
 
-    python train.py                                             the paper's sizes, on synthetic clips
+    python train.py                                             the paper's sizes, synthetic clips
     torchrun --nproc_per_node=4 train.py --data /audioset       the paper's run
 
-`train_step` is the method. Masks, clips, windows and schedules are pure functions of (seed, step): on one
-process or several, accumulated, or cut off and started again with the same --out, it is the same run.
+`train_step` is the method, `main` is a run from its flags to its end.
+
+Masks, clips, windows and schedules are pure functions of (seed, step). So one process, several
+processes, accumulated micro-batches, or a run that was cut off and started again with the same
+--out: they are all the same run. To continue, a checkpoint needs the weights, the optimizer and the
+number of the step. It holds no random state, because there is none.
+
+Letters in the shape comments: B clips of a micro-batch, N patches of a clip, C visible and M masked
+ones, D encoder width, T spectrogram frames, F mel bands.
 """
-import argparse, contextlib, copy, dataclasses, fcntl, functools, itertools, math, multiprocessing, os
-import random, signal, sys, threading, time, types
+
+import argparse
+import copy
+import dataclasses
+import functools
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch, torch.distributed as dist
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import CANNOT_USE, FRAME_RATE, AudioClips, LogMel, SyntheticClips, printable, write_atomically
-from masking import block_mask, draw_masks, ema_decay, random_mask, update_ema
-from model import (CHECKPOINT_FORMAT, CORES, JEPA, LOSSES, PRESETS, RANK, WORLD, choose_amp, choose_device,
-                   gflops_per_clip, keep_freed_memory, load_checkpoint, memory_gib, monitors, save_checkpoint)
+from data import FRAMES_PER_SECOND
+from data import AudioClips
+from data import Clips
+from data import LogMel
+from data import SyntheticClips
+from data import clip_loader
+from data import clip_order
+from data import measure_mean_std
+from data import printable
+from data import usable_cores
+from data import write_atomically
+from masking import MASKS
+from masking import draw_masks
+from masking import ema_decay
+from masking import update_ema
+from model import JEPA
+from model import LOSSES
+from model import PRESETS
+from model import JEPAConfig
+from model import VisionTransformer
+from model import gather_tokens
+from model import gflops_per_clip
+from model import normalise_targets
 
-MASKS = {"random": random_mask, "block": block_mask}
-FREE = ("data", "out", "accum", "compile", "workers", "save_every", "log_every", "benchmark")  # may change
-PROGRESS = dict(step=0, losses=(), tried=0, bad=0, skipped=0, skipped_in_a_row=0)  # losses: not yet logged
+CHECKPOINT_FORMAT = "audio-jepa 1"
 
 
-def fail(message, code=2):
-    """One line on stderr, and out. Code 2, the user's doing, is the same all over a machine: one says it."""
-    if os.environ.get("LOCAL_RANK", "0") == "0" or code != 2:
-        print(f"train.py: error: {message}", file=sys.stderr)
-    sys.exit(code)
-
-
-def learning_rate(step, steps, peak=3e-4, warmup=1000):
+def learning_rate(step: int, steps: int, peak: float = 3e-4, warmup: int = 1000) -> float:
     """Linear from 1e-6 to `peak` over `warmup` steps, then cosine to 0 at `steps` (sec. IV.C)."""
     if step < warmup:
         return 1e-6 + (peak - 1e-6) * step / warmup
-    return peak * (1 + math.cos(math.pi * min((step - warmup) / max(steps - warmup, 1), 1))) / 2
+    progress = min((step - warmup) / max(steps - warmup, 1), 1.0)
+    return peak * (1 + math.cos(math.pi * progress)) / 2
 
 
-def clip_stream(num_clips, seed, size, chunks):
-    """Batches of (epoch, clip). Epochs follow each other in one endless stream, each in an order of its own
-    from (seed, epoch); chunk k is the k-th `size` clips of it: none is left out, and any step can be entered
-    at."""
-    @functools.lru_cache(maxsize=2)
-    def shuffled(epoch):
-        rng = random.Random(f"order of epoch {epoch}, seed {seed}")
-        return torch.randperm(num_clips, generator=torch.Generator().manual_seed(rng.getrandbits(63)))
-    for chunk in chunks:
-        places = (divmod(place, num_clips) for place in range(chunk * size, (chunk + 1) * size))
-        yield [(epoch, int(shuffled(epoch)[i])) for epoch, i in places]
+def rows_of_process(batch_size: int, accum: int, rank: int, processes: int) -> list[slice]:
+    """Which rows of a step's batch belong to a process, a slice for each of its micro-batches.
+
+    With 16 clips in a step, accum = 2 and 2 processes, process 0 takes rows 0-3 and then 8-11,
+    process 1 takes rows 4-7 and then 12-15. The rows hold for clips and for masks alike.
+    """
+    size = batch_size // (accum * processes)
+    rows = []
+    for micro in range(accum):
+        first = (micro * processes + rank) * size
+        rows.append(slice(first, first + size))
+    return rows
 
 
-def clip_order(args, num_clips, start, steps):
-    """The micro-batches of this process from `start` to `steps`: the processes share the chunks of a step."""
-    chunks = range(start * args.accum * WORLD + RANK, steps * args.accum * WORLD, WORLD)
-    return clip_stream(num_clips, args.seed, args.batch_size // (args.accum * WORLD), chunks)
+@dataclass
+class Run:
+    """Everything that a step needs."""
+
+    args: argparse.Namespace  # the flags
+    config: JEPAConfig  # sizes of the networks
+    device: torch.device
+    precision: torch.dtype  # of autocast; float32 is no autocast
+    rows: list[slice]  # of this process, see rows_of_process
+    log_mel: LogMel
+    model: JEPA  # context encoder and predictor: what gradient descent trains
+    trained: nn.Module  # the same, inside DDP if there are several processes
+    target_encoder: VisionTransformer
+    optimizer: torch.optim.AdamW
+    scaler: torch.amp.GradScaler  # for fp16 alone; else it does nothing
 
 
-def quiet_worker(_):
-    """Signals are the main process's business: it finishes its step, and needs its workers for that."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+@dataclass
+class StepResult:
+    """What came out of a step in this process."""
+
+    loss: float  # mean over the clips of this process
+    grad_norm: float  # of all processes; NaN or Inf: the step was skipped
+    targets: torch.Tensor  # [B * accum, N, D], as they came out of the target encoder
+    target_idx: torch.Tensor  # [B * accum, M]
 
 
-def loader(run, order):
-    return DataLoader(run.clips, batch_sampler=order, num_workers=run.args.workers, collate_fn=tuple,
-                      worker_init_fn=quiet_worker, pin_memory=run.device.type == "cuda")
+def train_step(run: Run, step: int, clips: list[torch.Tensor]) -> StepResult:
+    """One optimizer step; `clips` are the micro-batches of this process, from the loader."""
+    args = run.args
 
+    # 1. Masks. Every process draws those of the whole batch, from (seed, step), and uses its rows.
+    context_idx, target_idx = draw_masks(
+        MASKS[args.mask],
+        args.seed,
+        step,
+        args.batch_size,
+        run.config.grid,
+        args.mask_ratio,
+        run.device,
+    )
+    losses = []
+    all_targets = []
+    for micro, rows in enumerate(run.rows):
+        spectrogram = run.log_mel(clips[micro].to(run.device, non_blocking=True))  # [B, 1, T, F]
 
-def statistics(run):
-    """Mean and std of the raw log-mel over the first 256 clips of the training order, by one process."""
-    count, total, squares = 1e-9, 0.0, 0.0
-    order = clip_stream(len(run.clips), run.args.seed, 16, range(16 if RANK == 0 else 0))
-    for batch in (batch for batch, _, _ in loader(run, order) if batch is not None):
-        frames = (batch if run.clips.packed else run.log_mel.frames(batch.to(run.device))).cpu().double()
-        count, total, squares = count + frames.numel(), total + frames.sum(), squares + frames.square().sum()
-    mean = float(total / count)
-    measured = torch.tensor([mean, max(float(squares / count) - mean**2, 1e-6) ** 0.5], device=run.device)
-    if dist.is_initialized():
-        dist.broadcast(measured, 0)
-    return measured.tolist()
+        # DDP averages the gradients of all processes during `backward`. Until the last micro-batch
+        # they only add up in each process: one average of the sum is the same, and costs less.
+        run.trained.require_backward_grad_sync = micro == args.accum - 1
 
+        with torch.autocast(run.device.type, run.precision, run.precision != torch.float32):
+            # 2. Targets. The target encoder sees the whole clip. This is the stop-gradient: nothing
+            # of this forward pass is kept for a backward pass (see JEPA.forward for the reason).
+            with torch.no_grad():
+                targets = run.target_encoder(spectrogram)  # [B, N, D]
+            # 3. Context, prediction, loss.
+            loss = run.trained(spectrogram, context_idx[rows], target_idx[rows], targets)
+        run.scaler.scale(loss / args.accum).backward()
+        losses.append(loss.detach())
+        all_targets.append(targets)
 
-def spectrograms(run, batches):
-    """The loader's batches as spectrograms [B, 1, T, F] on the device; counts what could not be read."""
-    while True:
-        began = time.perf_counter()
-        batch, tried, bad = next(batches)
-        run.waited += time.perf_counter() - began
-        run.reads = run.reads[0] + tried, run.reads[1] + len(bad)
-        if bad:
-            note_bad_files(run.out / "bad_files.txt", bad)
-        if batch is None:
-            fail(f"ten recordings in a row cannot be used, the last is {printable(': '.join(bad[-1]))}", 1)
-        yield run.front_end(batch.to(run.device, non_blocking=True))  # nothing keeps the device's waveforms
-
-
-def note_bad_files(path, bad):
-    """Add each (name, reason) that the file does not hold; the lock keeps processes from adding it twice."""
-    with open(path, "a+", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        known = {line.split("\t")[0] for line in file}
-        for name, reason in dict(bad).items():
-            if printable(name) not in known:
-                file.write(f"{printable(name)}\t{printable(reason)}\n")
-
-
-def train_step(run, step, batches):
-    """One optimiser step over the global batch -> loss and gradient norm, as floats, pooled targets, of this
-    process [B / WORLD, D], masked patches of a clip, and whether any process was told to stop."""
-    args, pooled, loss_sum = run.args, [], 0.0
-
-    # 1. Masks of the whole global batch, from (seed, step): every process draws them all and takes its rows.
-    strategy, grid = MASKS[args.mask], run.config.grid
-    masks = draw_masks(strategy, args.seed, step, args.batch_size, grid, args.mask_ratio, run.device)
-    masks = [idx.view(args.accum, WORLD, -1, idx.shape[1])[:, RANK] for idx in masks]  # [accum, B, C or M]
-    for context_idx, target_idx in zip(*masks):
-        spectrogram = next(batches)  # [B, 1, T, F]
-        last = len(pooled) == args.accum - 1  # its backward pass averages the gradients over the processes
-        with contextlib.nullcontext() if last or not dist.is_initialized() else run.trained.no_sync():
-            with torch.autocast(run.device.type, run.amp, enabled=run.amp != torch.float32):
-                # 2. Targets: the target encoder sees the whole clip, and gets no gradient.
-                with torch.no_grad():
-                    targets = run.target_encoder(spectrogram)  # [B, N, D]
-                # 3. Context, prediction, loss; and backward.
-                loss = run.trained(spectrogram, context_idx, target_idx, targets) / args.accum
-            run.scaler.scale(loss).backward()
-        loss_sum += loss.detach() / WORLD
-        pooled.append(targets.mean(1))
-
-    # 4. Optimiser. DDP has averaged the gradients: if one was not finite, all processes see it, and skip.
-    counts = torch.tensor([*run.reads, run.told_to_stop.is_set()], dtype=torch.float32, device=run.device)
-    report = torch.cat([loss_sum.view(1), counts])
-    if dist.is_initialized():
-        dist.all_reduce(report)
+    # 4. Optimizer. The gradient is the same in all processes by now. If it is not finite, each of
+    # them sees that, and all skip the step together.
     run.scaler.unscale_(run.optimizer)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in run.model.parameters()])
-    norm, loss, tried, bad, stop = torch.cat([norm.view(1), report]).tolist()  # waits for the device
-    run.tried, run.bad, run.reads = run.tried + int(tried), run.bad + int(bad), (0, 0)
-    if math.isfinite(norm):
+    gradients = [parameter.grad for parameter in run.model.parameters()]
+    grad_norm = torch.nn.utils.get_total_norm(gradients).item()
+    if math.isfinite(grad_norm):
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.lr, args.warmup)
         run.scaler.step(run.optimizer)
-        # 5. The target encoder follows the context encoder.
-        update_ema(run.target_encoder, run.model.context_encoder, ema_decay(step, args.steps, args.ema))
+        # 5. EMA. The target encoder follows the context encoder.
+        decay = ema_decay(step, args.steps, args.ema)
+        update_ema(run.target_encoder, run.model.context_encoder, decay)
     run.scaler.update()
     run.optimizer.zero_grad()
-    return loss, norm, torch.cat(pooled), masks[1].shape[-1], stop > 0
+
+    return StepResult(
+        loss=torch.stack(losses).mean().item(),
+        grad_norm=grad_norm,
+        targets=torch.cat(all_targets),
+        target_idx=torch.cat([target_idx[rows] for rows in run.rows]),
+    )
 
 
-def train(run):
-    """Every step from run.step on, the log and the checkpoints."""
-    args, saved, began, logged = run.args, time.monotonic(), time.perf_counter(), run.step
-    batches = spectrograms(run, iter(loader(run, clip_order(args, len(run.clips), run.step, args.steps))))
-    steps = range(run.step, args.steps)  # below, None hides the bar where there is no terminal
-    for step in tqdm(steps, initial=run.step, total=args.steps, disable=RANK > 0 or None):
-        loss, norm, pooled, masked, stop = train_step(run, step, batches)
-        run.step = step + 1
-        if math.isfinite(norm):
-            run.losses, run.skipped_in_a_row = (*run.losses, loss), 0
+@dataclass
+class Progress:
+    """How far a run has come; a part of its checkpoint."""
+
+    step: int = 0  # steps done
+    seconds: float = 0.0  # spent on them
+    reads: int = 0  # recordings opened
+    bad: int = 0  # of these, how many could not be used
+    skipped: int = 0  # steps whose gradient was not finite
+    skipped_in_a_row: int = 0
+    # Since the last line of the log:
+    losses: list[float] = dataclasses.field(default_factory=list)
+    first_step: int = 0
+    first_second: float = 0.0
+    waited: float = 0.0  # seconds spent waiting for clips
+
+    def start_interval(self):
+        self.losses = []
+        self.first_step = self.step
+        self.first_second = self.seconds
+        self.waited = 0.0
+
+
+def main(argv: list[str] | None = None) -> None:
+    # Flags
+    args = parse_args(argv)
+    out = Path(args.out)
+    config = dataclasses.replace(
+        PRESETS[args.model], time_bins=round(args.clip_seconds * FRAMES_PER_SECOND)
+    )
+
+    with StopSignals() as stop:
+        # Device, data, an earlier checkpoint: whatever is wrong with them is said in one line
+        processes = launched_processes()
+        is_first = processes.rank == 0
+        try:
+            device = choose_device(processes)
+            log_mel = LogMel(args.sample_rate, args.clip_seconds, config.time_bins).to(device)
+            out.mkdir(parents=True, exist_ok=True)
+            checkpoint = None if args.benchmark else find_checkpoint(out)
+            clips = open_clips(args, checkpoint)
+        except (OSError, ValueError) as error:
+            fail(error)
+
+        # Processes
+        start_processes(processes, device)
+        amp = from_first_process(choose_amp(args.amp, device.type, checkpoint))
+        precision = PRECISIONS[amp]
+        settings = settings_of(args, clips, amp)
+
+        # Model. Every process draws the same weights from the same seed.
+        torch.manual_seed(args.seed)
+        model = JEPA(config, args.loss).to(device)
+        target_encoder = copy.deepcopy(model.context_encoder).requires_grad_(False)
+        if args.compile:
+            for network in (model.context_encoder, model.predictor, target_encoder):
+                network.compile()  # in place, so that the names of weights stay
+        # The target encoder stays outside DDP, which is there to average gradients, and it has
+        # none. Its copies stay identical all the same: they start alike, and each of them follows
+        # a context encoder that DDP keeps identical.
+        trained = model
+        if processes.count > 1:
+            trained = DistributedDataParallel(
+                model,
+                broadcast_buffers=False,  # they are position tables, which never change
+                gradient_as_bucket_view=True,  # saves a copy of all gradients
+            )
+
+        # Optimizer
+        optimizer = make_optimizer(model, args.weight_decay)
+        scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+        rows = rows_of_process(args.batch_size, args.accum, processes.rank, processes.count)
+        run = Run(
+            args=args,
+            config=config,
+            device=device,
+            precision=precision,
+            rows=rows,
+            log_mel=log_mel,
+            model=model,
+            trained=trained,
+            target_encoder=target_encoder,
+            optimizer=optimizer,
+            scaler=scaler,
+        )
+        if args.benchmark:
+            benchmark(run, clips, processes)
+            return
+
+        # Resume, or measure the data for a new run
+        if checkpoint is not None:
+            progress = resume(run, checkpoint, settings)
         else:
-            run.skipped, run.skipped_in_a_row = run.skipped + 1, run.skipped_in_a_row + 1
-        if run.skipped_in_a_row == 20:
-            fail(f"no finite gradient in 20 steps on end, at step {run.step}; last.pt is kept as it was", 1)
-        if run.bad > max(10, 0.1 * run.tried):
-            fail(f"{run.bad} of {run.tried} recordings cannot be used: see {run.out / 'bad_files.txt'}", 1)
-        if run.step % args.log_every == 0 or run.step in (1, args.steps):
-            seconds, parts = time.perf_counter() - began, [torch.empty_like(pooled) for _ in range(WORLD)]
-            if dist.is_initialized():
-                dist.all_gather(parts, pooled)
-                pooled = torch.cat(parts)
-            row = dict(
-                step=run.step, loss=sum(run.losses) / len(run.losses) if run.losses else math.nan,
-                lr=learning_rate(step, args.steps, args.lr, args.warmup),
-                ema_decay=ema_decay(step, args.steps, args.ema), masked=masked, grad_norm=norm,
-                **monitors(pooled), clips_per_s=args.batch_size * (run.step - logged) / seconds,
-                data_wait=run.waited / seconds, memory_gib=memory_gib(run.device), bad_files=run.bad,
-                skipped=run.skipped)
-            if RANK == 0:
-                write_log(run.out / "log.csv", row)
-            began, run.waited, logged, run.losses = time.perf_counter(), 0.0, run.step, ()
-        keep = [f"step-{run.step:07d}.pt"] if run.step % args.save_every == 0 else []
-        if RANK == 0 and (keep or stop or run.step == args.steps or time.monotonic() - saved > 600):
-            save(run, [*keep, "last.pt"])
-            saved = time.monotonic()
-        if stop:
-            break
-    if RANK == 0:
-        print(f"{run.step} of {args.steps} steps done, saved in {printable(run.out / 'last.pt')}")
+            progress = Progress()
+            measured = None
+            if is_first:
+                print("measuring mean and std of the log-mel on the first 256 clips", flush=True)
+                measured = measure_mean_std(clips, log_mel, device, args.workers)
+            log_mel.mean, log_mel.std = from_first_process(measured)
+        if is_first:
+            print(describe(run, clips, processes, progress))
+            cut_log(out / "log.csv", progress.step)
+            if checkpoint is None and args.data is not None:
+                keep_index(out, clips)
+
+        # Loop
+        steps = range(progress.step, args.steps)
+        order = clip_order(len(clips), args.seed, args.batch_size, steps, rows)
+        batches = iter(clip_loader(clips, order, args.workers, pin_memory=device.type == "cuda"))
+        saved = time.monotonic()
+        hide_bar = None if is_first else True  # None: tqdm shows it if there is a terminal
+        for step in tqdm(steps, initial=progress.step, total=args.steps, disable=hide_bar):
+            began = time.perf_counter()
+            micro_batches = [next(batches) for _ in range(args.accum)]
+            waited = time.perf_counter() - began
+            note_bad_files(out / "bad_files.txt", micro_batches)
+            result = train_step(run, step, [batch.clip for batch in micro_batches])
+
+            # What all processes have to know: the mean loss, and whether anyone is asked to stop.
+            reads = sum(batch.reads for batch in micro_batches)
+            bad = sum(len(batch.bad) for batch in micro_batches)
+            report = [result.loss / processes.count, reads, bad, stop.requested]
+            report = sum_over_processes(torch.tensor(report, device=device))
+            loss, reads, bad, stops = report.tolist()
+
+            progress.step = step + 1
+            progress.reads += int(reads)
+            progress.bad += int(bad)
+            progress.seconds += time.perf_counter() - began
+            progress.waited += waited
+            if math.isfinite(result.grad_norm):
+                progress.losses.append(loss)
+                progress.skipped_in_a_row = 0
+            else:
+                progress.skipped += 1
+                progress.skipped_in_a_row += 1
+            stop_if_hopeless(progress, out)
+
+            is_last = progress.step == args.steps or stops > 0
+            if progress.step % args.log_every == 0 or progress.step in (1, args.steps):
+                row = log_row(run, progress, result, loss, len(clips))  # compares all processes
+                if is_first:
+                    write_row(out / "log.csv", row)
+                progress.start_interval()
+            keep = progress.step % args.save_every == 0
+            if is_first and (keep or is_last or time.monotonic() - saved > 600):
+                save(run, progress, settings, out, keep)
+                saved = time.monotonic()
+            if is_last:
+                break
+
+        if is_first:
+            print(
+                f"{progress.step} of {args.steps} steps done, saved in {printable(out / 'last.pt')}"
+            )
+        if dist.is_initialized():
+            dist.barrier()  # nobody leaves while another still saves
+            dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------------------
+# The method ends here. What follows are its instruments and its plumbing.
+
+
+# ---- Monitors: does it learn, or does it collapse? The loss alone does not tell.
+
+
+@torch.no_grad()
+def monitors(pooled: torch.Tensor) -> dict[str, float]:
+    """Numbers that change when clips become alike. pooled [B, D]: the mean target of each clip.
+
+    target_std: std over the clips, mean over the features; 0 if all clips are alike.
+    effective_rank: how many directions they use, exp of the entropy of the singular values
+    (RankMe); at most min(B - 1, D).
+    mean_cosine: between two different clips; 1 if all point the same way.
+    """
+    if not pooled.isfinite().all():
+        return {"target_std": math.nan, "effective_rank": math.nan, "mean_cosine": math.nan}
+    pooled = pooled.cpu().double()
+    clips = len(pooled)
+    singular = torch.linalg.svdvals(pooled - pooled.mean(0))
+    singular = singular[singular > 1e-6 * pooled.norm()]  # the rest is rounding
+    share = singular / singular.sum()
+    effective_rank = (-share * share.log()).sum().exp().item()
+    # All pairs of unit vectors: the square of their sum, without each clip paired with itself.
+    pairs = F.normalize(pooled).sum(0).square().sum().item() - clips
+    return {
+        "target_std": pooled.std(0, correction=0).mean().item(),
+        "effective_rank": effective_rank if len(singular) > 0 else 0.0,
+        "mean_cosine": pairs / max(clips * (clips - 1), 1),
+    }
+
+
+@torch.no_grad()
+def explained(loss_fn, loss: float, targets: torch.Tensor, target_idx: torch.Tensor) -> float:
+    """1 - loss / blind loss: the share of the targets' variety that is predicted.
+
+    Blind is a predictor that knows no sound, and answers with the mean target of each position over
+    the batch (of all processes). At 0 or below, nothing about the sound is predicted, however small
+    the loss is; 1 is a perfect prediction. targets [B, N, D], target_idx [B, M].
+    """
+    targets = normalise_targets(targets)
+    mean = mean_over_processes(targets.mean(0))  # [N, D]
+    blind_loss = loss_fn(mean[target_idx], gather_tokens(targets, target_idx))
+    blind_loss = mean_over_processes(blind_loss).item()
+    if blind_loss == 0:  # one clip is its own mean
+        return math.nan
+    return 1 - loss / blind_loss
+
+
+# ---- The log
+
+
+def log_row(run, progress, result, loss, num_clips):
+    """A line of the log. All processes call this together, as they compare their targets."""
+    args = run.args
+    step = progress.step - 1
+    steps = progress.step - progress.first_step
+    seconds = progress.seconds - progress.first_second
+    token_std = result.targets.std(1, correction=0).mean()  # 0 if the tokens of a clip are alike
+    return {
+        "step": progress.step,
+        "epoch": progress.step * args.batch_size / num_clips,
+        "seconds": progress.seconds,
+        "loss": sum(progress.losses) / len(progress.losses) if progress.losses else math.nan,
+        "explained": explained(run.model.loss, loss, result.targets, result.target_idx),
+        "lr": learning_rate(step, args.steps, args.lr, args.warmup),
+        "ema_decay": ema_decay(step, args.steps, args.ema),
+        "masked": result.target_idx.shape[1],
+        "grad_norm": result.grad_norm,
+        "token_std": mean_over_processes(token_std).item(),
+        **monitors(gather_from_processes(result.targets.mean(1))),
+        "clips_per_s": steps * args.batch_size / seconds,
+        "data_wait": progress.waited / seconds,
+        "memory_gib": memory_gib(run.device),
+        "bad_files": progress.bad,
+        "skipped": progress.skipped,
+    }
+
+
+def write_row(path, row):
+    cells = {}
+    for name, value in row.items():
+        cells[name] = str(value) if isinstance(value, int) else f"{value:.6g}"
+    tqdm.write("  ".join(f"{name} {cell}" for name, cell in cells.items()))
+    is_new = not path.exists()
+    with open(path, "a") as file:
+        if is_new:
+            file.write(",".join(cells.keys()) + "\n")
+        file.write(",".join(cells.values()) + "\n")
 
 
 def cut_log(path, step):
-    """Drop the lines of steps that will be logged again."""
-    if path.exists():
-        lines = path.read_text(errors="replace").rpartition("\n")[0].splitlines()  # less half a line
-        kept = [line for line in lines[1:] if (at := line.split(",")[0]).isdecimal() and int(at) <= step]
-        write_atomically(path, "".join(f"{line}\n" for line in lines[:1] + kept if step).encode())
+    """Drop the lines of steps that will be logged again; at step 0 all of them."""
+    if not path.exists():
+        return
+    if step == 0:
+        path.unlink()
+        return
+    header, *lines = path.read_text().splitlines()
+    kept = [header]
+    for line in lines:
+        number = line.split(",")[0]
+        if number.isdecimal() and int(number) <= step:
+            kept.append(line)
+    write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
 
 
-def write_log(path, row):
-    cells = {name: value if isinstance(value, int) else f"{value:.6g}" for name, value in row.items()}
-    tqdm.write("  ".join(f"{name} {value}" for name, value in cells.items()))
-    with open(path, "a") as file:
-        if file.tell() == 0:
-            file.write(",".join(cells) + "\n")
-        file.write(",".join(map(str, cells.values())) + "\n")
+# ---- Optimizer and checkpoints
 
 
-def save(run, names):
-    checkpoint = dict(
-        format=CHECKPOINT_FORMAT, config=dict(model=vars(run.config), log_mel=run.log_mel.config),
-        context_encoder=run.model.context_encoder.state_dict(), predictor=run.model.predictor.state_dict(),
-        **{part: getattr(run, part).state_dict() for part in ("target_encoder", "optimizer", "scaler")},
-        settings=run.settings, data=os.path.abspath(run.args.data or ""),
-        **{name: getattr(run, name) for name in PROGRESS})
-    for name in names:
-        save_checkpoint(checkpoint, run.out / name)
+def make_optimizer(model, weight_decay):
+    """AdamW (sec. IV.C). Biases, norms and the mask token, all of one dimension, do not decay."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
-def resume(run, checkpoint):
-    """Continue where a checkpoint stands -> mean and std of the log-mel."""
+MAY_CHANGE = (  # when a run is continued
+    "data",  # the recordings may lie elsewhere, but must be the same
+    "out",
+    "accum",
+    "amp",  # the precision that it stands for may not change
+    "compile",
+    "workers",
+    "save_every",
+    "log_every",
+    "benchmark",
+)
+
+
+def settings_of(args, clips, amp):
+    """What makes a run the run it is, to be compared when it is continued."""
+    settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
+    settings["data"] = clips.source.fingerprint
+    settings["amp"] = amp
+    return settings
+
+
+def save(run, progress, settings, out, keep):
+    """Write last.pt, and if `keep` is set also step-*.pt, which no run can be continued from: it is
+    for extraction, without the optimizer's two numbers for each weight."""
+    checkpoint = {
+        "format": CHECKPOINT_FORMAT,
+        "step": progress.step,
+        "config": {"model": dataclasses.asdict(run.config), "log_mel": run.log_mel.config},
+        "target_encoder": run.target_encoder.state_dict(),
+        "context_encoder": run.model.context_encoder.state_dict(),
+        "predictor": run.model.predictor.state_dict(),
+    }
+    state = {
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "progress": dataclasses.asdict(progress),
+        "settings": settings,
+        "data": os.path.abspath(run.args.data or ""),
+    }
+    save_checkpoint(checkpoint | state, out / "last.pt")
+    if keep:
+        save_checkpoint(checkpoint, out / f"step-{progress.step:07d}.pt")
+
+
+def save_checkpoint(checkpoint: dict, path: Path) -> None:
+    """Write a checkpoint: all of it or nothing, whenever the power goes or the disk is full."""
+    temporary = path.with_suffix(".tmp")
     try:
-        for name, value in run.settings.items():
-            if (theirs := checkpoint["settings"][name]) != value:
-                fail(f"--{name.replace('_', '-')} is {value}, but the run in {run.out} has "
-                     f"{printable(str(theirs))}: keep to it, or start another run with another --out")
-        for part in ("context_encoder", "predictor"):
-            getattr(run.model, part).load_state_dict(checkpoint[part])
-        for part in ("target_encoder", "optimizer", "scaler"):
-            getattr(run, part).load_state_dict(checkpoint[part])
-        for p, state in run.optimizer.state.items():
-            if not (state["step"] >= 0 and state["exp_avg"].shape == state["exp_avg_sq"].shape == p.shape):
-                raise ValueError("an optimizer state of another shape than its parameter")
-        for name, start in PROGRESS.items():
-            if type(checkpoint[name]) is not type(start) or not 0 <= checkpoint["step"] <= run.args.steps:
-                raise ValueError(f"{name} is {checkpoint[name]!r:.40}")
-            setattr(run, name, checkpoint[name])
-        run.losses = tuple(map(float, run.losses))
-        mean, std = (float(checkpoint["config"]["log_mel"][name]) for name in ("mean", "std"))
-        LogMel(mean=mean, std=std)  # refuses what they cannot be
-    except Exception as error:  # whatever an untrusted file makes us raise
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        fail(f"{run.out / 'last.pt'}: refused, not a whole checkpoint of this run ({reason})")
-    return mean, std
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave the new name on an empty file
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        reason = error.__context__ or error  # torch hides what the disk said
+        raise OSError(f"cannot write {path}: {reason}; what was there before is kept") from error
 
 
-def build(args, clips, config, checkpoint, device):
-    """Everything a run consists of, new or as the checkpoint left it, in every process alike."""
-    if device.type == "cpu" and WORLD > 1:  # torchrun gives a process one thread, however many there are
-        torch.set_num_threads(CORES)
-    if "RANK" in os.environ:
-        # torchrun's store keeps what killed processes wrote (pytorch#135712): so another prefix for each
-        # restart; on several machines their counts may differ, so none there.
-        restart = os.getenv("TORCHELASTIC_RESTART_COUNT", "") * (os.getenv("LOCAL_WORLD_SIZE") == str(WORLD))
-        store = dist.PrefixStore(restart, next(dist.rendezvous("env://"))[0])
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD)
-    torch.manual_seed(args.seed)
-    model = JEPA(config, args.loss).to(device)
-    target_encoder = copy.deepcopy(model.context_encoder).requires_grad_(False).eval()
-    for network in (model.context_encoder, model.predictor, target_encoder) * args.compile:
-        network.compile()  # in place, so that names stay; goes dynamic when it has seen masks of two sizes
-    # No decay for biases, norms and the mask token.
-    groups = [dict(params=[p for p in model.parameters() if p.ndim > 1], weight_decay=args.weight_decay),
-              dict(params=[p for p in model.parameters() if p.ndim < 2], weight_decay=0.0)]
-    amp, front_end = choose_amp(args.amp, device), (args.sample_rate, args.clip_seconds, config.time_bins)
-    run = types.SimpleNamespace(
-        args=args, clips=clips, config=config, device=device, model=model, trained=model, amp=amp,
-        target_encoder=target_encoder, optimizer=torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True),
-        scaler=torch.amp.GradScaler(device.type, enabled=amp == torch.float16), out=Path(args.out),
-        log_mel=LogMel(*front_end).to(device), told_to_stop=threading.Event(), waited=0.0,
-        reads=(0, 0), **PROGRESS, settings={k: v for k, v in vars(args).items() if k not in FREE})
-    run.settings |= dict(data=clips.fingerprint, amp=str(amp))
-    mean, std = resume(run, checkpoint) if checkpoint else statistics(run)
-    run.log_mel = LogMel(*front_end, mean=mean, std=std).to(device)
-    run.front_end = run.log_mel.normalise if clips.packed else run.log_mel
-    if dist.is_initialized():
-        run.trained = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-    return run
+def load_checkpoint(path: str | os.PathLike) -> dict:
+    """Read a checkpoint as plain data: nothing in the file is executed.
+
+    ValueError if it is damaged, of another format, or holds more than tensors and plain types.
+    """
+    if os.path.isdir(path):
+        raise ValueError(f"{path} is a folder: name the last.pt or a step-*.pt in it")
+    if not os.path.exists(path):
+        raise ValueError(f"{path}: no such checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        is_ours = checkpoint["format"] == CHECKPOINT_FORMAT
+    except Exception as error:  # a damaged file can make torch.load raise anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: not a whole checkpoint ({reason})") from None
+    if not is_ours:
+        raise ValueError(f"{path}: of the format {checkpoint['format']}, not {CHECKPOINT_FORMAT}")
+    return checkpoint
 
 
-def benchmark(run):
-    """Print clips/s of each stage and of all together, of all processes: medians, after three to warm up."""
-    args, steps, workers = run.args, itertools.count(), max(run.args.workers, 1)
-    def rate(work, clips, calls=5, repeat=1):
+def find_checkpoint(out):
+    """last.pt of a run to be continued, or None for a new run. ValueError if it cannot be read."""
+    if (out / "last.pt").exists():
+        return load_checkpoint(out / "last.pt")
+    if any(out.glob("step-*.pt")):
+        raise ValueError(f"{out} holds a run without its last.pt: start with another --out")
+    return None
+
+
+def resume(run, checkpoint, settings):
+    """Bring a run to where a checkpoint stands -> its Progress."""
+    for name, value in settings.items():
+        before = checkpoint["settings"].get(name)
+        if before != value:
+            flag = "--" + name.replace("_", "-")
+            fail(
+                f"{flag} is {value}, but the run in {run.args.out} has {before}: "
+                "keep to it, or start another run with another --out"
+            )
+    run.model.context_encoder.load_state_dict(checkpoint["context_encoder"])
+    run.model.predictor.load_state_dict(checkpoint["predictor"])
+    run.target_encoder.load_state_dict(checkpoint["target_encoder"])
+    run.optimizer.load_state_dict(checkpoint["optimizer"])
+    run.scaler.load_state_dict(checkpoint["scaler"])
+    run.log_mel.mean = checkpoint["config"]["log_mel"]["mean"]
+    run.log_mel.std = checkpoint["config"]["log_mel"]["std"]
+    return Progress(**checkpoint["progress"])
+
+
+# ---- Data of a run
+
+
+def open_clips(args, checkpoint) -> Clips:
+    """What --data names. A run that is continued keeps to the recordings that it began with, also
+    if there are more by now. ValueError says what is wrong."""
+    if args.data is None:
+        return SyntheticClips(args.sample_rate, args.clip_seconds, args.seed)
+    entries = None
+    index = Path(args.out) / "index.npy"
+    if checkpoint is not None and index.exists():
+        if checkpoint["data"] == os.path.abspath(args.data):
+            entries = np.load(index, mmap_mode="r")
+    return AudioClips(args.data, args.sample_rate, args.clip_seconds, args.seed, entries)
+
+
+def keep_index(out, clips):
+    write_atomically(out / "index.npy", clips.source.entries)
+
+
+def note_bad_files(path, batches):
+    """Name what could not be read, each recording once; stop where there is nothing else."""
+    known = ""
+    if path.exists():
+        known = path.read_text()
+    for batch in batches:
+        for name, reason in batch.bad:
+            line = f"{printable(name)}\t{printable(reason)}\n"
+            if line not in known:
+                known += line
+                with open(path, "a") as file:
+                    file.write(line)
+        if batch.clip is None:
+            fail(f"ten recordings in a row cannot be used, at last {line}", 1)
+
+
+def stop_if_hopeless(progress, out):
+    if progress.skipped_in_a_row == 20:
+        fail(f"no finite gradient in 20 steps, at step {progress.step}; last.pt is as it was", 1)
+    if progress.bad > max(10, 0.1 * progress.reads):
+        bad_files = out / "bad_files.txt"
+        fail(f"{progress.bad} of {progress.reads} recordings cannot be used: see {bad_files}", 1)
+
+
+def describe(run, clips, processes, progress):
+    """What is about to happen."""
+    args = run.args
+    device = str(run.device)
+    if run.device.type == "cuda":
+        device = f"{torch.cuda.get_device_name()} ({device})"
+    trained = sum(p.numel() for p in run.model.parameters()) / 1e6
+    epochs = args.steps * args.batch_size / len(clips)
+    lines = [
+        f"data       {clips.source.fingerprint} in {printable(args.data or 'no --data')}",
+        f"log-mel    mean {run.log_mel.mean:.4f}, std {run.log_mel.std:.4f}",
+        f"model      {args.model}, {trained:.1f} M trained parameters",
+        f"device     {device}, {run.precision}, {processes.count} processes",
+        f"steps      {progress.step} of {args.steps} done, {args.batch_size} clips each; "
+        f"{epochs:.4g} epochs in all",
+        f"log        {printable(Path(args.out) / 'log.csv')}",
+    ]
+    return "\n".join(lines)
+
+
+# ---- Device and precision
+
+
+def choose_device(processes) -> torch.device:
+    """A GPU for each process of a machine, else MPS, else the CPU. ValueError: too few GPUs."""
+    if torch.cuda.is_available():
+        if processes.local_rank >= torch.cuda.device_count():
+            gpus = torch.cuda.device_count()
+            raise ValueError(f"{processes.local_count} processes on a machine of {gpus} GPUs")
+        torch.cuda.set_device(processes.local_rank)
+        torch.backends.cuda.matmul.allow_tf32 = True
+        return torch.device("cuda", processes.local_rank)
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
+
+
+def choose_amp(amp: str, device_type: str, checkpoint: dict | None = None) -> str:
+    """--amp as one of PRECISIONS. `auto` stays what it was when the run of a checkpoint began.
+
+    It is bf16 where the hardware multiplies it, and fp16 on older GPUs. A CPU is asked by trying:
+    of two that claim avx512_bf16, one was 4 times as fast in it and the other half as fast.
+    """
+    if amp != "auto":
+        return amp
+    if checkpoint is not None:
+        return checkpoint["settings"]["amp"]
+    if device_type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if has_bf16 else "fp16"
+    if device_type == "cpu" and bf16_is_faster():
+        return "bf16"
+    return "off"
+
+
+@functools.cache
+def bf16_is_faster():
+    """Time a matrix product on the CPU. It must clearly win, as casts cost time as well."""
+    fastest = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(1024, 1024, dtype=dtype)
         times = []
-        for _ in range(3 + calls):
+        for _ in range(6):
+            began = time.perf_counter()
+            a @ a
+            times.append(time.perf_counter() - began)
+        fastest[dtype] = min(times)
+    return fastest[torch.bfloat16] < fastest[torch.float32] / 1.5
+
+
+def memory_gib(device):
+    """Most memory used so far: of the GPU, or of this process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+# ---- Processes and signals
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Who we are among the processes of a run."""
+
+    rank: int = 0  # this process, 0 to count - 1
+    count: int = 1
+    local_rank: int = 0  # this process on its machine; also the number of its GPU
+    local_count: int = 1
+
+
+def launched_processes() -> Processes:
+    """Read what torchrun has set. One process, if the environment is not that of a launcher: some
+    clusters and containers set WORLD_SIZE for everybody."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
+    if not all(os.environ.get(name) for name in names):
+        return Processes()
+    rank, count, local_rank, local_count = (int(os.environ[name]) for name in names[:4])
+    return Processes(rank, count, local_rank, local_count)
+
+
+def start_processes(processes, device):
+    """Connect the processes, if there are several."""
+    if processes.count == 1:
+        return
+    if device.type == "cpu":
+        # torchrun gives each process one thread, however many cores there are.
+        torch.set_num_threads(max(1, usable_cores() // processes.local_count))
+    store = next(dist.rendezvous("env://"))[0]
+    if processes.local_count == processes.count:
+        # torchrun --max-restarts: the store still knows the addresses of processes that died
+        # (pytorch#135712). So each restart gets a part of it for itself. Machines may count their
+        # restarts differently, so we do this on a single one only.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=processes.rank, world_size=processes.count)
+
+
+def sum_over_processes(tensor):
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def mean_over_processes(tensor):
+    if dist.is_initialized():
+        tensor = sum_over_processes(tensor) / dist.get_world_size()
+    return tensor
+
+
+def gather_from_processes(tensor):
+    """[B, D] in each process -> [B * processes, D] in all of them."""
+    if not dist.is_initialized():
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor)
+    return torch.cat(parts)
+
+
+def from_first_process(value):
+    """The first process's value, in all of them."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, 0)
+    return box[0]
+
+
+class StopSignals:
+    """SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 ask a run to finish its step, save and end.
+
+    A second signal ends the process at once, for a run that hangs. It must come 5 seconds after the
+    first: torchrun passes on a signal that its processes have got already.
+    """
+
+    def __enter__(self):
+        self.requested = False
+        self.previous = {}
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            self.previous[number] = signal.signal(number, self.handle)
+        return self
+
+    def handle(self, number, frame):
+        if not self.requested:
+            self.requested = True
+            self.since = time.monotonic()
+        elif time.monotonic() - self.since > 5:
+            os._exit(128 + number)
+
+    def __exit__(self, *exception):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+# ---- Benchmark
+
+
+def benchmark(run, clips, processes):
+    """Print clips/s of each part and of all together, of all processes: medians."""
+    args = run.args
+    steps = iter(range(10**6))
+    order = clip_order(len(clips), args.seed, args.batch_size, range(10**6), run.rows)
+    batches = iter(clip_loader(clips, order, args.workers, pin_memory=run.device.type == "cuda"))
+
+    def read():
+        return [next(batches).clip for _ in range(args.accum)]
+
+    waveforms = [part.to(run.device) for part in read()]
+    frames = [run.log_mel(part).squeeze(1) for part in waveforms]  # a step only normalises these
+
+    def log_mels():
+        for part in waveforms:
+            run.log_mel(part)
+
+    def step():
+        train_step(run, next(steps), frames)
+
+    def all_together():
+        train_step(run, next(steps), read())
+
+    def seconds(work, repeat=1):
+        times = []
+        for _ in range(8):
             began = time.perf_counter()
             for _ in range(repeat):
                 work()
             if run.device.type != "cpu":
                 torch.accelerator.synchronize()
-            times.append(time.perf_counter() - began)
-        return clips * repeat / sorted(times[3:])[calls // 2]
-    batches, rows = iter(loader(run, clip_order(args, len(run.clips), 0, 10**6))), {}
-    stream = spectrograms(run, batches)
-    ready, batch = itertools.repeat(next(stream)), next(batches)[0].to(run.device)
-    rows["reading"] = rate(lambda: next(batches), len(batch) * WORLD, 25, workers)  # they deliver in bursts
-    rows["log-mel"] = rate(lambda: run.front_end(batch), len(batch) * WORLD)
-    rate(lambda: train_step(run, next(steps), ready), 1)  # meets masks of many sizes, in memory and compiled
-    args.mask_ratio = [sum(args.mask_ratio) / 2] * 2  # from here on of the mean size: steps are alike
-    rows["step alone"] = rate(lambda: train_step(run, next(steps), ready), args.batch_size)
-    rows["all together"] = rate(lambda: train_step(run, next(steps), stream), args.batch_size, 5, workers)
-    a = torch.randn([4096 if run.device.type == "cpu" else 8192] * 2, device=run.device, dtype=run.amp)
-    peak = rate(lambda: a @ a, 2 * len(a) ** 3 / 1e12)
-    tflops = rows["step alone"] * sum(gflops_per_clip(run.config, args.mask_ratio[0])) / 1e3 / WORLD
-    if RANK == 0:
-        print(f"{args.model}, batch {args.batch_size}, {run.amp}, compile {args.compile}, {WORLD} processes")
-        print("\n".join(f"{name:>14}  {clips:10.1f} clips/s" for name, clips in rows.items()))
-        print(f"step alone: {tflops:.2f} TFLOP/s a process, {tflops / peak:.0%} of the {peak:.2f} of a "
-              f"matrix product; peak memory {memory_gib(run.device):.2f} GiB")
+            times.append((time.perf_counter() - began) / repeat)
+        return float(np.median(times[3:]))  # the first three warm up
+
+    seconds(step)  # meets masks of many sizes, in memory and compiled
+    middle = sum(args.mask_ratio) / 2
+    args.mask_ratio = [middle, middle]  # from here on all steps are alike
+    workers = max(args.workers, 1)  # each delivers in its turn, so we time whole rounds
+    times = {
+        "reading": seconds(read, 5 * workers),
+        "log-mel": seconds(log_mels),
+        "step alone": seconds(step),
+        "all together": seconds(all_together, workers),
+    }
+    size = 4096 if run.device.type == "cpu" else 8192
+    matrix = torch.randn(size, size, device=run.device, dtype=run.precision)
+    peak = 2 * size**3 / seconds(lambda: matrix @ matrix) / 1e12
+    gflops = args.batch_size / processes.count * sum(gflops_per_clip(run.config, middle).values())
+    tflops = gflops / times["step alone"] / 1e3
+    if processes.rank == 0:
+        print(
+            f"{args.model}, batch {args.batch_size}, {run.precision}, {processes.count} processes"
+        )
+        for name, time_of_batch in times.items():
+            print(f"{name:>14}  {args.batch_size / time_of_batch:10.1f} clips/s")
+        print(
+            f"step alone: {tflops:.2f} TFLOP/s a process, {tflops / peak:.0%} of a matrix product's "
+            f"{peak:.2f}; peak memory {memory_gib(run.device):.2f} GiB"
+        )
 
 
-def number_in(kind, low, high):
-    def number(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return kind(text)
-    return number
+# ---- Flags
+
+
+def fail(message, code=2):
+    """One line on stderr, and out. Code 2 is the user's to mend, and the same in all processes of a
+    machine: one of them says it."""
+    if code != 2 or launched_processes().local_rank == 0:
+        print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        fail(message)
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = fail  # one line, without the usage
-    add, count = parser.add_argument, number_in(int, 1, 10**9)
-    add("--data", metavar="PATH", help="folder, list, tar shards or packed folder; none: synthetic clips")
-    add("--out", metavar="DIR", default="runs/audio-jepa", help="log, checkpoints; a run found here goes on")
+    parser = OneLineParser(
+        description="Pretrain Audio-JEPA. The defaults are the paper's.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--data", metavar="PATH", help="folder, list, tar shards, packed folder; none: synthetic")
+    add(
+        "--out", metavar="DIR", default="runs/audio-jepa", help="log, checkpoints; goes on if there"
+    )
     add("--model", choices=list(PRESETS), default="base", help="size of the networks")
-    add("--steps", type=count, default=100000, help="optimiser steps of the whole run")
-    add("--batch-size", type=number_in(int, 1, 2**16), default=256, help="clips in a step, of all processes")
-    add("--accum", type=count, default=1, help="micro-batches that a step is cut into, to save memory")
-    add("--lr", type=number_in(float, 1e-6, 10), default=3e-4, help="peak learning rate")
-    add("--warmup", type=number_in(int, 0, 10**9), default=1000, help="steps from lr 1e-6 to the peak")
-    add("--weight-decay", type=number_in(float, 0, 10), default=0.05, help="of AdamW, on matrices only")
-    add("--ema", type=number_in(float, 0, 1), default=0.996, help="target encoder's decay at step 0")
-    add("--loss", choices=list(LOSSES), default="l2", help="l2 is eq. (2), cosine the authors' code")
-    add("--mask", choices=list(MASKS), default="random", help="strategy")
-    add("--mask-ratio", type=number_in(float, 1e-6, 1 - 1e-6), nargs=2, default=[0.4, 0.6],
-        metavar=("LO", "HI"), help="share of the patches that is masked, drawn once a step")
-    add("--sample-rate", type=number_in(int, 1000, 768000), default=32000, help="Hz, a multiple of 128")
-    add("--clip-seconds", type=number_in(float, 0.625, 600), default=10.0, help="multiple of 0.625")
+    add("--steps", type=int, default=100000, help="optimizer steps of the whole run")
+    add("--batch-size", type=int, default=256, help="clips in a step, of all processes together")
+    add("--accum", type=int, default=1, help="micro-batches in a step, to save memory")
+    add("--lr", type=float, default=3e-4, help="peak learning rate")
+    add("--warmup", type=int, default=1000, help="steps from lr 1e-6 to the peak")
+    add("--weight-decay", type=float, default=0.05, help="of AdamW, on matrices only")
+    add("--ema", type=float, default=0.996, help="decay of the target encoder at step 0")
+    add(
+        "--loss", choices=list(LOSSES), default="l2", help="l2 is eq. (2), cosine the authors' code"
+    )
+    add("--mask", choices=list(MASKS), default="random", help="which patches are hidden")
+    add(
+        "--mask-ratio",
+        type=float,
+        nargs=2,
+        default=[0.4, 0.6],
+        metavar=("LO", "HI"),
+        help="share of the patches that is hidden, drawn once a step",
+    )
+    add("--sample-rate", type=int, default=32000, help="Hz, a multiple of 128")
+    add("--clip-seconds", type=float, default=10.0, help="a multiple of 0.625, which is one patch")
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="mixed precision")
     add("--compile", action="store_true", help="torch.compile the three networks")
-    add("--workers", type=number_in(int, 0, 1024), default=max(1, min(16, CORES - 1)), help="of each process")
-    add("--seed", type=number_in(int, 0, 2**63 - 1), default=0, help="of everything that is drawn")
-    add("--save-every", type=count, default=10000, help="steps between the checkpoints that are kept")
-    add("--log-every", type=count, default=50, help="steps between log lines")
+    add("--workers", type=int, default=default_workers(), help="that read clips, for each process")
+    add("--seed", type=int, default=0, help="of everything that is drawn")
+    add("--save-every", type=int, default=10000, help="steps between the checkpoints that are kept")
+    add("--log-every", type=int, default=50, help="steps between the lines of the log")
     add("--benchmark", action="store_true", help="measure speed and memory, and train nothing")
     args = parser.parse_args(argv)
-    if args.batch_size % (args.accum * WORLD):
-        parser.error(f"--accum {args.accum} x {WORLD} processes do not divide --batch-size {args.batch_size}")
-    if args.clip_seconds % 0.625:
-        parser.error(f"--clip-seconds {args.clip_seconds}: not a multiple of 0.625")
+    check(parser, args)
     return args
 
 
-def main(argv=None):
-    keep_freed_memory()
-    args = parse_args(argv)
-    last, front_end = Path(args.out) / "last.pt", (args.sample_rate, args.clip_seconds)
-    try:
-        last.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint = load_checkpoint(last) if last.exists() and not args.benchmark else None
-        config = dataclasses.replace(PRESETS[args.model], time_bins=round(args.clip_seconds * FRAME_RATE))
-        LogMel(*front_end, config.time_bins)  # may refuse the rate: better now than after all else is built
-        clips = SyntheticClips(*front_end, args.seed)
-        if args.data is not None:
-            index = last.with_name("index.npy")  # what the run found in this place when it began
-            known = checkpoint and checkpoint.get("data") == os.path.abspath(args.data) and index.exists()
-            clips = AudioClips(args.data, *front_end, args.seed, index if known else None)
-        device = choose_device()
-    except (*CANNOT_USE, KeyError, TypeError, EOFError) as error:
-        fail(" ".join(str(error).split()) or type(error).__name__)
-    run = build(args, clips, config, checkpoint, device)
-    for name in (signal.SIGINT, signal.SIGTERM) * (not args.benchmark):
-        signal.signal(name, lambda *_: run.told_to_stop.set())
-    try:
-        if RANK == 0 and not args.benchmark:
-            print(f"{clips.fingerprint}; {WORLD} processes; at step {run.step}; log in {printable(args.out)}")
-            cut_log(run.out / "log.csv", run.step)
-            if args.data is not None and not (clips.packed or checkpoint):
-                write_atomically(index, clips.source.entries)
-        benchmark(run) if args.benchmark else train(run)
-        if dist.is_initialized():
-            dist.barrier()  # nobody hangs up while another still saves
-            dist.destroy_process_group()
-    except OSError as error:
-        fail(error, 1)
-    finally:  # loader workers are deaf to what would otherwise end them
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for worker in multiprocessing.active_children():
-            worker.kill()
+def check(parser, args):
+    """Refuse what does not fit together."""
+    processes = launched_processes().count
+    low, high = args.mask_ratio
+    for name in ("steps", "batch_size", "accum", "save_every", "log_every"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.batch_size % (args.accum * processes) != 0:
+        parser.error(
+            f"--batch-size {args.batch_size} is not a multiple of --accum {args.accum} x "
+            f"{processes} processes"
+        )
+    if not 0 < low <= high < 1:
+        parser.error(f"--mask-ratio {low} {high}: 0 < LO <= HI < 1 is needed")
+    if args.warmup >= args.steps:
+        parser.error(f"--warmup {args.warmup} must be less than --steps {args.steps}")
+    if args.clip_seconds <= 0 or args.clip_seconds % 0.625 != 0:
+        below = args.clip_seconds // 0.625 * 0.625
+        nearest = f"{max(below, 0.625)} or {below + 0.625}"
+        parser.error(
+            f"--clip-seconds {args.clip_seconds}: a multiple of 0.625 is needed, as {nearest}"
+        )
+    if args.sample_rate < 128 or args.sample_rate % 128 != 0:
+        below = args.sample_rate // 128 * 128
+        parser.error(
+            f"--sample-rate {args.sample_rate}: a multiple of 128 is needed, as {below} or "
+            f"{below + 128}; recordings of any rate are resampled to it"
+        )
+
+
+def default_workers():
+    """A worker for each core but one, and at most 16."""
+    cores = usable_cores() // launched_processes().local_count
+    return max(1, min(16, cores - 1))
 
 
 if __name__ == "__main__":
