@@ -16,9 +16,11 @@ Letters in the shape comments: B clips, T spectrogram frames, F mel bands.
 """
 
 import argparse
+import contextlib
 import csv
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -27,6 +29,7 @@ import signal
 import sys
 import tarfile
 import zlib
+from collections import Counter
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -80,25 +83,26 @@ class LogMel(nn.Module):
         self.hop = int(hop)
         self.window_length = int(2.5 * hop)
         self.fft_length = 2 ** math.ceil(math.log2(self.window_length))
-        window = torch.hann_window(self.window_length, periodic=False)
-        self.register_buffer("window", window, persistent=False)
         no_warping = (100.0, -500.0, 1.0)  # Kaldi's vocal tract arguments; a factor of 1 is off
         filters, _ = kaldi.get_mel_banks(
             mel_bins, self.fft_length, sample_rate, 20.0, sample_rate / 2, *no_warping
         )
-        self.register_buffer("filters", filters.T, persistent=False)  # [fft / 2, F]
+        self.filters = filters.T  # [fft / 2, F]
+        self.window = torch.hann_window(self.window_length, periodic=False)
+
+    def _apply(self, fn, recurse=True):
+        # What .to(device), .half() and .double() do to a module. We follow to another device, and
+        # stay in fp32.
+        device = fn(torch.empty(0)).device
+        self.filters = self.filters.to(device)
+        self.window = self.window.to(device)
+        return self
 
     @property
     def config(self) -> dict:
         """The constructor's arguments, as checkpoints store them."""
-        return {
-            "sample_rate": self.sample_rate,
-            "clip_seconds": self.clip_seconds,
-            "time_bins": self.time_bins,
-            "mel_bins": self.mel_bins,
-            "mean": self.mean,
-            "std": self.std,
-        }
+        names = ("sample_rate", "clip_seconds", "time_bins", "mel_bins", "mean", "std")
+        return {name: getattr(self, name) for name in names}
 
     def frames(self, waveform: torch.Tensor) -> torch.Tensor:
         """Raw log-mel: [B, samples], at least a window -> [B, round(samples / hop), F]."""
@@ -152,11 +156,12 @@ def measure_mean_std(clips, log_mel: LogMel, device, workers: int) -> tuple[floa
 # Three kinds of data, with one protocol:
 #
 #     len(source)                      the number of recordings
-#     source.name(i)                   of recording i
+#     source.window(i, length, rng)    up to `length` samples, or packed frames, from a random place
+#                                      in recording i; all of it if it is shorter; may raise
+#                                      UNREADABLE
+#     source.name(i)                   of recording i, where something can be wrong with it
 #     source.rate                      samples, or packed frames, per second
 #     source.silence                   the value that fills what stays empty
-#     source.window(i, length, rng)    up to `length` samples or frames from a random place in
-#                                      recording i, all of it if it is shorter; UNREADABLE
 #     source.fingerprint               a line that tells one set from another
 
 
@@ -196,19 +201,20 @@ class AudioFiles(Recordings):
     def window(self, i, length, rng):
         with self.open(i) as sound:
             rate = sound.samplerate
+            promised = sound.frames
             count = math.ceil(length * rate / self.rate)
-            place = 0.0  # where the window lies: 0 is the start, 1 as late as it fits
-            if sound.frames > count:
+            place = 0.0  # of the window in the recording: 0 is the start, 1 as late as it fits
+            if promised > count:
                 place = rng.random()
-            start = int(place * (sound.frames - count + 1))
-            waveform = decode_at(sound, start, count)
-        if len(waveform) < count and sound.frames > count:
-            # The header promises more than there is, or it does not know (a stream). Then we decode
-            # all there is, and put the window at the same place in that.
+            start = int(place * (promised - count + 1))
+            waveform = decode(sound, start, count)
+        if len(waveform) < count < promised:
+            # The header promises more than there is, or does not know (a stream). Then we decode
+            # all there is, and take the window from the same place in that.
             with self.open(i) as sound:
-                waveform = decode(sound, sound.frames)
-            start = int(place * (len(waveform) - count + 1))
-            waveform = waveform[max(start, 0) :][:count]
+                waveform = decode(sound, 0, promised)
+            start = max(int(place * (len(waveform) - count + 1)), 0)
+            waveform = waveform[start : start + count]
         if len(waveform) == 0:
             raise ValueError("nothing in it can be decoded")
         return resample(waveform, rate, self.rate)[:length]
@@ -216,18 +222,15 @@ class AudioFiles(Recordings):
     def windows(self, i, length):
         """Recording i from start to end, in windows of `length` samples, the last one shorter."""
         with self.open(i) as sound:
-            rate = sound.samplerate
             begin = 0
-            number = 0
-            while True:
-                number += 1
-                end = round(number * length * rate / self.rate)
-                waveform = decode(sound, end - begin)
-                begin = end
+            for number in itertools.count(1):
+                end = round(number * length * sound.samplerate / self.rate)
+                waveform = decode(sound, begin, end - begin)
                 if len(waveform) == 0:
                     break
-                yield resample(waveform, rate, self.rate)[:length]
-        if number == 1:
+                yield resample(waveform, sound.samplerate, self.rate)[:length]
+                begin = end
+        if begin == 0:
             raise ValueError("nothing in it can be decoded")
 
 
@@ -262,44 +265,33 @@ def map_shard(path):
 
 
 class SyntheticSounds:
-    """Sound without a download: each window another mixture of notes, chirps, noises and beats."""
+    """Sound without a download: chirps, every other one made of noise, at random places."""
 
     silence = 0.0
     fingerprint = "synthetic clips"
 
-    def __init__(self, sample_rate: int, seed: int, num_clips: int):
+    def __init__(self, sample_rate: int, num_clips: int):
         self.rate = sample_rate
         self.num_clips = num_clips
-        rng = np.random.default_rng(seed)
-        self.sounds = [self.make_sound(rng) for _ in range(200)]  # once: windows only add them up
 
     def __len__(self):
         return self.num_clips
 
-    def name(self, i: int) -> str:
-        return f"synthetic clip {i}"
-
-    def make_sound(self, rng):
-        """Harmonics or noise, 0.1 to 2 s long, with a rising or falling pitch, dying away."""
-        seconds = rng.uniform(0.1, 2.0)
-        t = np.arange(int(seconds * self.rate)) / self.rate
-        hertz = 80 * 2 ** rng.uniform(0, 5.5) * 2 ** (rng.uniform(-1, 1) * t)
-        phase = 2 * np.pi * np.cumsum(hertz) / self.rate
-        wave = np.sin(phase) + np.sin(2 * phase) / 2 + np.sin(3 * phase) / 3
-        if rng.random() < 0.5:
-            wave = np.sin(phase) * rng.standard_normal(len(t))
-        decay = np.exp(-rng.uniform(1, 6) * t / seconds)
-        return (wave * decay).astype(np.float32)
-
     def window(self, i, length, rng):
         window = np.zeros(length, np.float32)
-        for _ in range(rng.randint(3, 8)):
-            sound = rng.choice(self.sounds) * np.float32(10 ** rng.uniform(-1.5, -0.3))
+        noise = np.random.default_rng(rng.getrandbits(32))
+        for number in range(8):
+            seconds = rng.uniform(0.1, 1.0)
+            first_hertz = 80 * 2 ** rng.uniform(0, 6)
+            last_hertz = 80 * 2 ** rng.uniform(0, 6)
+            t = np.arange(int(seconds * self.rate)) / self.rate
+            cycles = first_hertz * t + (last_hertz - first_hertz) * t**2 / (2 * seconds)
+            sound = np.sin(2 * np.pi * cycles) * np.exp(-4 * t / seconds) * rng.uniform(0.03, 0.5)
+            if number % 2 == 1:
+                sound *= noise.standard_normal(len(t))
             begin = rng.randrange(length)
-            for _ in range(rng.choice([1, 1, 8])):  # some come back in a rhythm
-                room = window[begin : begin + len(sound)]  # less at the end of the window
-                room += sound[: len(room)]
-                begin += int(1.5 * len(sound))
+            room = window[begin : begin + len(t)]  # less at the end of the window
+            room += sound[: len(room)]
         return window
 
 
@@ -408,7 +400,7 @@ class SyntheticClips(Clips):
         seed: int = 0,
         num_clips: int = 10000,
     ):
-        super().__init__(SyntheticSounds(sample_rate, seed, num_clips), clip_seconds, seed)
+        super().__init__(SyntheticSounds(sample_rate, num_clips), clip_seconds, seed)
 
 
 def clip_order(num_clips: int, seed: int, batch_size: int, steps: range, rows: list[slice]):
@@ -491,8 +483,7 @@ def leave_signals_to_the_main_process(_):
 # The reading ends here. What follows finds and decodes audio.
 
 AUDIO = (b".wav", b".flac", b".ogg", b".oga", b".opus", b".mp3", b".aiff", b".aif")
-LISTS = (b".txt", b".csv", b".tsv")
-SEEK_SECONDS = 30  # up to there we decode from the start, which is exact in every format
+SEEK_SECONDS = 30  # a shorter way we decode, which is exact in every format, and often faster
 
 
 def find_recordings(path: str | os.PathLike) -> np.ndarray:
@@ -503,16 +494,15 @@ def find_recordings(path: str | os.PathLike) -> np.ndarray:
     strings would be copied into every worker. ValueError says what is missing.
     """
     path = os.fsencode(path)
+    if not os.path.exists(path):
+        raise ValueError(f"{printable(path)}: does not exist")
+    root = os.path.dirname(path)
+    names = [os.path.basename(path)]
     if os.path.isdir(path):
         root = path
         names = walk(path)
-    elif os.path.isfile(path):
-        root = os.path.dirname(path)
-        names = [os.path.basename(path)]
-        if path.lower().endswith(LISTS):
-            names = read_list(path)
-    else:
-        raise ValueError(f"{printable(path)}: does not exist")
+    elif path.lower().endswith((b".txt", b".csv", b".tsv")):
+        names = read_list(path)
     entries = []
     for name in names:
         if name.lower().endswith(AUDIO):
@@ -543,20 +533,19 @@ def walk(root):
 
 
 def read_list(path):
-    """The paths in a list: one a line, or the first column of a .csv or .tsv, whose header is
-    dropped. They are relative to the list."""
+    """The paths in a list: one a line, or the first column of a .csv or .tsv, with or without a
+    header. They are relative to the list. ValueError if files are missing."""
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         if path.lower().endswith(b".txt"):
-            names = [line.rstrip("\r\n") for line in file]
+            names = file.read().splitlines()
         else:
-            separator = "," if path.lower().endswith(b".csv") else "\t"
-            names = [row[0] for row in csv.reader(file, delimiter=separator) if row]
+            delimiter = "," if path.lower().endswith(b".csv") else "\t"
+            names = [row[0] for row in csv.reader(file, delimiter=delimiter) if row]
+            if names and not os.fsencode(names[0]).lower().endswith((*AUDIO, b".tar")):
+                names = names[1:]  # the header
     names = [os.fsencode(name) for name in names if name.strip()]
-    is_table = not path.lower().endswith(b".txt")
-    if is_table and names and not names[0].lower().endswith((*AUDIO, b".tar")):
-        names = names[1:]  # the header
     folder = os.path.dirname(path)
-    missing = [name for name in names if not os.path.isfile(os.path.join(folder, name))]
+    missing = [name for name in names if not os.path.exists(os.path.join(folder, name))]
     if missing:
         count = f"{len(missing)} of its {len(names)} files do not exist"
         raise ValueError(f"{printable(path)}: {count}, as {printable(missing[0])}")
@@ -564,18 +553,16 @@ def read_list(path):
 
 
 def tar_members(root, shard):
-    """The audio in an uncompressed tar, to be read in place."""
-    entries = []
+    """Yield the audio in an uncompressed tar, to be read in place."""
     try:
         with tarfile.open(os.path.join(root, shard), "r:") as tar:
             for member in tar:
                 name = os.fsencode(member.name)
                 if member.isfile() and name.lower().endswith(AUDIO):
-                    place = b"%s\0%d\0%d" % (shard, member.offset_data, member.size)
-                    entries.append(shard + b"/" + name + b"\0" + place)
+                    place = (shard, b"%d" % member.offset_data, b"%d" % member.size)
+                    yield b"\0".join([shard + b"/" + name, *place])
     except (tarfile.TarError, OSError) as error:
         warn(f"{printable(shard)} cannot be read to its end: {error}")
-    return entries
 
 
 def warn(message):
@@ -588,36 +575,32 @@ def printable(name: str | bytes | os.PathLike) -> str:
     return "".join(characters)
 
 
-def decode_at(sound, start, count):
-    """`count` samples from `start` on, or as many as there are."""
-    if start + count <= SEEK_SECONDS * sound.samplerate:
-        return decode(sound, start + count)[start:]
-    try:
-        sound.seek(start)
-    except RuntimeError:  # beyond the end of a file that was cut
-        return np.empty(0, np.float32)
-    return decode(sound, count)
-
-
-def decode(sound, count):
-    """The next `count` samples, or as many as there are -> mono float32, at the file's own rate.
+def decode(sound, start, count):
+    """`count` samples from `start` on, or as many as there are -> mono float32, at the file's rate.
 
     A second at a time: where a file is damaged, what came before the damage is used. ValueError if
     it holds NaN or Inf.
     """
+    try:
+        if start - sound.tell() > SEEK_SECONDS * sound.samplerate:
+            sound.seek(start)
+    except RuntimeError:  # beyond the end of a file that was cut
+        return np.empty(0, np.float32)
+    skip = start - sound.tell()
     blocks = [np.empty(0, np.float32)]
-    while count > 0:
+    missing = skip + count
+    while missing > 0:
         try:
-            block = sound.read(min(count, sound.samplerate), dtype="float32")
+            block = sound.read(min(missing, sound.samplerate), dtype="float32")
         except RuntimeError:
             break
         if len(block) == 0:
             break
-        count -= len(block)
+        missing -= len(block)
         if sound.channels > 1:
             block = block.mean(axis=1)
         blocks.append(block)
-    waveform = np.concatenate(blocks)
+    waveform = np.concatenate(blocks)[skip:]
     if not np.isfinite(waveform).all():
         raise ValueError("holds NaN or Inf")
     return waveform
@@ -638,17 +621,22 @@ def resample(waveform, rate, wanted):
     return resampler(rate, wanted)(torch.from_numpy(waveform)).numpy()
 
 
-def write_atomically(path: str | os.PathLike, content: bytes | np.ndarray) -> None:
-    """Write a file (an array as .npy) all at once: a crash leaves the old one or the new one."""
-    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
-    with open(temporary, "wb") as file:
-        if isinstance(content, np.ndarray):
-            np.save(file, content)
-        else:
-            file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike):
+    """with whole_file(path) as file: write it, all of it or nothing, whenever the power goes or the
+    disk is full. OSError says why, and what was there before is still there."""
+    temporary = f"{os.fspath(path)}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave the new name on an empty file
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        reason = error.__context__ or error  # torch hides what the disk said
+        raise OSError(f"cannot write {path}: {reason}; what was there before is kept") from error
 
 
 # ------------------------------------------------------------------------------------------------
@@ -689,43 +677,29 @@ def usable_cores() -> int:
 def describe(files, i):
     """A recording, decoded to its end -> (seconds, sample rate, channels, peak)."""
     with files.open(i) as sound:
-        samples = 0
-        peak = 0.0
-        while True:
-            waveform = decode(sound, 60 * sound.samplerate)
-            if len(waveform) == 0:
-                break
-            samples += len(waveform)
-            peak = max(peak, float(np.abs(waveform).max()))
-        if samples == 0:
-            raise ValueError("nothing in it can be decoded")
-        return samples / sound.samplerate, sound.samplerate, sound.channels, peak
+        waveform = decode(sound, 0, sound.frames)
+        peak = np.abs(waveform).max(initial=0)
+        return len(waveform) / sound.samplerate, sound.samplerate, sound.channels, peak
 
 
 def scan(files):
     """Print what a set holds."""
-    hours = 0.0
-    silent = 0
-    bad = []
-    kinds = {}  # how many recordings have this rate, these channels, this length
-    for i, row, reason in tqdm(in_workers(describe, files, range(len(files))), unit=" recordings"):
+    counts = Counter(recordings=len(files))
+    for i, answer, reason in tqdm(in_workers(describe, files, range(len(files)))):
+        if reason is None and answer[0] == 0:
+            reason = "nothing in it can be decoded"
         if reason is not None:
-            bad.append(f"{printable(files.name(i))}: {reason}")
+            tqdm.write(f"{printable(files.name(i))}: {reason}")
+            counts["unreadable"] += 1
             continue
-        seconds, rate, channels, peak = row
-        hours += seconds / 3600
-        silent += peak == 0
-        longer_than = max(edge for edge in (0, 1, 5, 10, 60, 600) if edge <= seconds)
-        for kind in (f"{rate} Hz", f"{channels} channels", f"from {longer_than} s"):
-            kinds[kind] = kinds.get(kind, 0) + 1
-    print(f"{'recordings':>18}  {len(files)}")
-    print(f"{'hours':>18}  {hours:.2f}")
-    print(f"{'silent':>18}  {silent}")
-    print(f"{'unreadable':>18}  {len(bad)}")
-    for kind, number in sorted(kinds.items()):
-        print(f"{kind:>18}  {number}")
-    for line in bad:
-        print(f"    {line}")
+        seconds, rate, channels, peak = answer
+        counts["hours"] += seconds / 3600
+        counts["silent"] += int(peak == 0)
+        counts["shorter than 10 s"] += int(seconds < 10)
+        counts[f"{rate} Hz"] += 1
+        counts[f"{channels} channels"] += 1
+    for what, number in counts.items():
+        print(f"{number:12.6g}  {what}")
 
 
 def all_frames(log_mel, files, i):
@@ -753,11 +727,13 @@ def pack(files, out):
         if not os.path.exists(shard_index):  # it is written last
             indices = range(begin, min(begin + 1000, len(files)))
             entries = pack_shard(files, work, indices, os.path.join(out, shard))
-            write_atomically(shard_index, np.array(entries, "S"))
+            with whole_file(shard_index) as file:
+                np.save(file, np.array(entries, "S"))
         index += np.load(shard_index).tolist()
-    write_atomically(os.path.join(out, "index.npy"), np.array(index, "S"))
-    description = json.dumps({"sample_rate": files.rate})
-    write_atomically(os.path.join(out, "pack.json"), description.encode())
+    with whole_file(os.path.join(out, "index.npy")) as file:
+        np.save(file, np.array(index, "S"))
+    with whole_file(os.path.join(out, "pack.json")) as file:
+        file.write(json.dumps({"sample_rate": files.rate}).encode())
     print(f"{len(index)} of {len(files)} recordings packed in {printable(out)}")
 
 
@@ -790,13 +766,12 @@ def main():
         files = AudioClips(args.path, args.sample_rate).source
         if isinstance(files, PackedFrames):
             raise ValueError(f"{args.path}: is packed already")
-        if args.command == "scan":
-            scan(files)
-        else:
-            pack(files, args.out)
     except UNREADABLE as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(f"error: {error}")
+    if args.command == "scan":
+        scan(files)
+    else:
+        pack(files, args.out)
 
 
 if __name__ == "__main__":

@@ -1,549 +1,609 @@
 # SPDX-License-Identifier: MIT
-"""Everything with a frozen encoder (sec. III.C): embeddings, probes, X-ARES, the authors' released weights.
+"""Everything with a frozen encoder (sec. III.C): embeddings, probes, X-ARES, the authors' weights.
 
-    python extract.py CHECKPOINT DATA --out emb.npz            embeddings, one row a recording
-    python extract.py CHECKPOINT DATA --probe knn linear       accuracies on train/LABEL/* and test/LABEL/*
+    python extract.py CHECKPOINT DATA --out emb.npz          embeddings, one row a recording
+    python extract.py CHECKPOINT DATA --probe knn linear     accuracies on train|test/LABEL/*
 
-A recording is cut into windows as long as a training clip (10 s), the last one filled with silence. A window
-gives 16 columns of 625 ms, a column holds 8 tokens, one a frequency band. Only columns that sound reaches
-into are used. B clips or windows, R rows of a window (columns, log-mel frames), K numbers in a row, L tokens.
+A recording is cut into windows as long as a training clip (10 s), the last one filled with silence.
+A window gives 16 columns of 625 ms; a column holds 8 tokens, one for each band of frequencies. Only
+columns that the recording reaches into are used.
+
+Letters in the shape comments: B windows, N tokens of a window, D encoder width, R rows of a window
+(columns, or log-mel frames), K numbers in a row, L tokens of a recording.
 """
 
-import argparse, collections, copy, datetime, itertools, json, math, os, shutil, signal, sys, tempfile
+import copy
+import json
+import math
+import os
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from dataclasses import field
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "PASSIVE"
-)  # idle threads leave the workers their core; before torch
 import numpy as np
-import torch, torch.nn.functional as F
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader
+from torch.utils.data import IterableDataset
+from torch.utils.data import get_worker_info
 from tqdm import tqdm
 
-from data import CANNOT_USE, AudioClips, LogMel, printable, write_atomically
-from model import (
-    CORES,
-    RANK,
-    WORLD,
-    JEPAConfig,
-    VisionTransformer,
-    choose_amp,
-    choose_device,
-    frozen_encoder,
-    keep_freed_memory,
-    load_checkpoint,
-)
-
-OUR_NAMES = {"_orig_mod.": "", "patch_embed.proj": "patch_embed", "Wqkv": "qkv", "out_proj": "proj"}
-INERT = dict(__init__=lambda self, *_: None, __setstate__=lambda self, _: None)
-
-
-class AuthorsLogMel(LogMel):
-    """The front end of the authors' weights: peak-normalised waveform, hop 1243, window 3108, the 255 frames
-    that lie inside the clip and zeros for the 256th, the log-mel as it is."""
-
-    def __init__(self):
-        super().__init__()
-        self.hop, self.window_length = 1243, 3108
-        self.window = torch.hann_window(self.window_length, periodic=False)
-        self.config |= dict(hop=self.hop, window_length=self.window_length, peak_normalised=True)
-
-    def forward(self, waveform):
-        waveform = waveform / waveform.abs().amax(1, keepdim=True).clamp(min=1e-6)
-        frames = self.frames(F.pad(waveform, (310, 0)))[
-            :, 1:256
-        ]  # frame 1 then starts where the clip does
-        return self.normalise(F.pad(frames, (0, 0, 0, 1)))
+from data import UNREADABLE
+from data import AudioClips
+from data import AudioFiles
+from data import LogMel
+from data import printable
+from data import whole_file
+from model import JEPAConfig
+from model import VisionTransformer
+from train import PRECISIONS
+from train import OneLineParser
+from train import choose_amp
+from train import choose_device
+from train import default_workers
+from train import fail
+from train import launched_processes
+from train import load_checkpoint
+from train import start_processes
 
 
-def load_authors(path):
-    """The authors' Lightning file as a checkpoint of ours, its log_mel None; raises anything if it is none.
-    Other objects in it than tensors and plain types become inert ones, or are its end: none is executed."""
-    names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    with torch.serialization.safe_globals([(type("Inert", (), INERT), name) for name in names]):
-        theirs = torch.load(path, map_location="cpu", weights_only=True)
-    networks = collections.defaultdict(dict)
-    for name, tensor in theirs["state_dict"].items():
-        for old, new in OUR_NAMES.items():
-            name = name.replace(old, new)
-        network, name = name.split(".", 1)
-        tensor = (
-            tensor.flatten(1) if name == "patch_embed.weight" else tensor
-        )  # of their convolution
-        networks[network][name] = tensor.squeeze(0) if name == "pos_embed" else tensor
-    target = networks["target_encoder"]
-    dim, hidden = len(target["patch_embed.weight"]), len(target["blocks.0.mlp.fc1.weight"])
-    depth = len({name.split(".")[1] for name in target if name.startswith("blocks.")})
-    config = vars(JEPAConfig(dim=dim, depth=depth, heads=dim // 64, mlp_ratio=hidden / dim))
-    return dict(
-        config=dict(model=config, log_mel=None),
-        step=theirs.get("global_step", 0),
-        target_encoder=target,
-        context_encoder=networks["encoder"],
-    )
+class AudioJEPAEncoder(nn.Module):
+    """A pretrained encoder for waveforms of any length.
 
+    (waveform [B, T], float, mono, at `sampling_rate` Hz) -> [B, R, output_dim], float32: a row each
+    `hop_size_in_ms`, as many as the waveform reaches into.
 
-def read_encoder(path, which):
-    """Checkpoint, "target" or "context" -> (VisionTransformer, LogMel, step). ValueError if it is refused."""
-    try:
-        checkpoint = load_checkpoint(path)
-    except ValueError as refusal:
-        try:
-            checkpoint = load_authors(path)
-        except Exception:  # whatever an untrusted file makes the reader raise
-            raise refusal from None
-    try:
-        config, front_end = (
-            JEPAConfig(**checkpoint["config"]["model"]),
-            checkpoint["config"]["log_mel"],
-        )
-        log_mel = AuthorsLogMel() if front_end is None else LogMel(**front_end)
-        bins = [log_mel.config[name] - getattr(config, name) for name in ("time_bins", "mel_bins")]
-        rate = log_mel.config["sample_rate"]
-        if any(bins) or type(rate) is not int or not 1000 <= rate <= 768000:
-            raise ValueError(f"a front end of {front_end}")
-        return (
-            frozen_encoder(config, checkpoint[f"{which}_encoder"]),
-            log_mel,
-            int(checkpoint["step"]),
-        )
-    except Exception as error:  # whatever an untrusted file makes us raise
-        raise ValueError(f"{path}: refused, {' '.join(repr(error).split()):.200}") from None
+    `checkpoint`: of train.py, or the authors' file. `bands`: "concat" puts the 8 tokens of a column
+    side by side, "mean" averages them. `which`: "target" or "context". X-ARES builds this class
+    without arguments: then AUDIO_JEPA_CHECKPOINT and AUDIO_JEPA_BANDS are read.
 
+    Its parameters are frozen; `encoder.requires_grad_(True)` is all that fine-tuning needs.
+    ValueError: no or a damaged checkpoint, other bands, a waveform of another shape.
+    """
 
-class AudioJEPAEncoder(torch.nn.Module):
-    """The frozen encoder: (waveform [B, T], mono, `sampling_rate` Hz, any T) -> [B, T', output_dim], float32,
-    a row each `hop_size_in_ms`, as many as the waveform reaches into: T' = ceil(T / samples of a hop).
-
-    `bands`: "concat", the 8 frequency bands side by side, or "mean". `which`: "target" or "context". X-ARES
-    gives no argument: AUDIO_JEPA_CHECKPOINT and AUDIO_JEPA_BANDS do. ValueError: a checkpoint that is
-    refused, other bands, a waveform of another shape."""
-
-    def __init__(self, checkpoint=None, bands=None, which="target"):
+    def __init__(
+        self, checkpoint: str | None = None, bands: str | None = None, which: str = "target"
+    ):
         super().__init__()
         checkpoint = checkpoint or os.environ.get("AUDIO_JEPA_CHECKPOINT")
-        self.bands = bands or os.environ.get("AUDIO_JEPA_BANDS", "concat")
-        if checkpoint is None or self.bands not in ("concat", "mean"):
-            raise ValueError(
-                f"AUDIO_JEPA_CHECKPOINT: {checkpoint}; bands: {self.bands} (concat or mean)"
-            )
-        self.network, self.log_mel, self.step = read_encoder(checkpoint, which)
-        self.grid, self.amp, front_end = self.network.config.grid, "auto", self.log_mel.config
-        self.sampling_rate = front_end["sample_rate"]
-        self.window = round(self.sampling_rate * front_end["clip_seconds"])  # samples
-        self.hop_size_in_ms = 1000 * front_end["clip_seconds"] / self.grid[0]
-        self.output_dim = self.network.config.dim * (self.grid[1] if self.bands == "concat" else 1)
+        bands = bands or os.environ.get("AUDIO_JEPA_BANDS", "concat")
+        if checkpoint is None:
+            raise ValueError("no checkpoint: name one, or set AUDIO_JEPA_CHECKPOINT")
+        if bands not in ("concat", "mean"):
+            raise ValueError(f"bands are concat or mean, not {bands}")
+        stored = read_encoder(checkpoint)
+        config = JEPAConfig(**stored["config"]["model"])
+        self.network = VisionTransformer(config)
+        self.network.load_state_dict(stored[f"{which}_encoder"])
+        self.network.requires_grad_(False)
+        if stored["config"]["log_mel"] is None:
+            self.log_mel = AuthorsLogMel()
+        else:
+            self.log_mel = LogMel(**stored["config"]["log_mel"])
+        self.step = stored["step"]
+        self.bands = bands
+        self.amp = "auto"  # or bf16, fp16, off
+        self.sampling_rate = self.log_mel.sample_rate
+        self.window = round(self.sampling_rate * self.log_mel.clip_seconds)  # samples
+        columns, tokens_of_column = config.grid
+        self.hop_size_in_ms = 1000 * self.log_mel.clip_seconds / columns
+        self.output_dim = config.dim
+        if bands == "concat":
+            self.output_dim = config.dim * tokens_of_column
 
-    @torch.no_grad()
-    def columns(self, spectrogram):
-        """[B, 1, time_bins, mel_bins] -> [B, R, output_dim], float32."""
-        amp, device = choose_amp(self.amp, spectrogram.device), spectrogram.device.type
-        with torch.autocast(device, amp, enabled=amp != torch.float32):
-            tokens = self.network(spectrogram).float()  # [B, N, D], time-major
-        tokens = tokens.unflatten(1, self.grid)  # [B, 16, 8, D]
-        return tokens.flatten(2) if self.bands == "concat" else tokens.mean(2)
+    def rows(self, waveform: torch.Tensor) -> torch.Tensor:
+        """Windows [B, window] -> their columns [B, R, output_dim]."""
+        spectrogram = self.log_mel(waveform)
+        dtype = self.network.pos_embed.dtype
+        precision = PRECISIONS[choose_amp(self.amp, waveform.device.type)]
+        mixed = (
+            dtype == torch.float32 and precision != torch.float32
+        )  # else as .half() etc. left it
+        with torch.autocast(waveform.device.type, precision, mixed):
+            tokens = self.network(spectrogram.to(dtype))  # [B, N, D], time-major
+        tokens = tokens.float().unflatten(1, self.network.config.grid)  # [B, R, 8, D]
+        if self.bands == "concat":
+            return tokens.flatten(2)
+        return tokens.mean(2)
 
-    def forward(self, waveform):
-        if waveform.ndim != 2 or not waveform.shape[1] or not waveform.is_floating_point():
-            raise ValueError(
-                f"a waveform of {waveform.dtype}, {list(waveform.shape)}: not float [B, T]"
-            )
-        (B, T), waveform = waveform.shape, waveform.to(self.log_mel.window)
+    def forward(self, waveform: torch.Tensor) -> torch.Tensor:
+        if waveform.ndim != 2 or waveform.shape[1] == 0 or not waveform.is_floating_point():
+            shape = f"{waveform.dtype}, {list(waveform.shape)}"
+            raise ValueError(f"a waveform of {shape}: it must be float and [B, T]")
+        B, T = waveform.shape
+        waveform = waveform.to(self.log_mel.window)  # its device, and fp32
         windows = F.pad(waveform, (0, -T % self.window)).reshape(-1, self.window)
-        rows = torch.cat([self.columns(self.log_mel(part)) for part in windows.split(32)])
-        return rows.view(B, -1, self.output_dim)[:, : -(-T * self.grid[0] // self.window)]
+        rows = [self.rows(some) for some in windows.split(32)]  # 10 minutes must fit into memory
+        rows = torch.cat(rows).view(B, -1, self.output_dim)
+        columns = self.network.config.grid[0]
+        return rows[:, : math.ceil(T * columns / self.window)]
 
 
-def load_encoder(path, bands="concat", which="target"):
-    """A frozen encoder, on the CPU, from a checkpoint of train.py or the authors': see AudioJEPAEncoder."""
+def load_encoder(
+    path: str | os.PathLike, bands: str = "concat", which: str = "target"
+) -> AudioJEPAEncoder:
+    """A frozen encoder, on the CPU: see AudioJEPAEncoder."""
     return AudioJEPAEncoder(path, bands, which).eval()
 
 
+# ------------------------------------------------------------------------------------------------
+# Embedding a folder
+
+
 class Windows(IterableDataset):
-    """The windows of recordings, each loader worker with recordings of its own: (recording, samples of sound,
-    waveform [window], what ends the recording here: "" nothing, "end", or why it cannot be used)."""
+    """The windows of recordings: (recording, waveform [window], samples of sound in it, error).
+
+    Each loader worker reads recordings of its own.
+    """
 
     def __init__(self, files, recordings, window):
-        self.files, self.recordings, self.window = files, recordings, window
+        self.files = files
+        self.recordings = recordings
+        self.window = window
 
     def __iter__(self):
-        worker, silence = get_worker_info(), np.zeros(self.window, np.float32)
-        for i in self.recordings[worker.id :: worker.num_workers] if worker else self.recordings:
+        worker = get_worker_info()
+        recordings = self.recordings
+        if worker is not None:
+            recordings = recordings[worker.id :: worker.num_workers]
+        for i in recordings:
             try:
-                windows = itertools.chain(self.files.windows(i, self.window), [None])
-                for part, later in itertools.pairwise(windows):
-                    yield (
-                        i,
-                        len(part),
-                        np.append(part, silence[len(part) :]),
-                        "end" if later is None else "",
-                    )
-            except CANNOT_USE as error:
-                yield i, 0, silence, str(error) or type(error).__name__
+                for waveform in self.files.windows(i, self.window):
+                    filled = np.zeros(self.window, np.float32)
+                    filled[: len(waveform)] = waveform
+                    yield i, filled, len(waveform), ""
+            except UNREADABLE as error:
+                yield i, np.zeros(self.window, np.float32), 0, str(error)
 
 
-def embed(args, clips, encoder, views_of, num_views, pool, folder):
-    """All recordings, shared between the processes, through `views_of`: spectrogram [B, 1, T, F] -> views of
-    it, rows [B, R, K] each. A file a view takes a recording's rows that hold sound, or their mean for `pool`
-    "clip". -> {recording: (seconds, [np.memmap's arguments for its rows in each view])}, in order, in the
-    first process; the others end here. ValueError at one that cannot be used, but with --skip-bad."""
-    mine, device = range(RANK, len(clips), WORLD), encoder.log_mel.window.device
-    batches = DataLoader(
-        Windows(clips.source, mine, encoder.window),
-        args.batch_size,
+@dataclass
+class Embedding:
+    """What the windows of a recording add up to."""
+
+    samples: int = 0  # that hold sound
+    num_rows: int = 0  # that hold sound
+    total: torch.Tensor | float = 0.0  # [K], their sum
+    rows: list[torch.Tensor] = field(default_factory=list)  # [R, K] of each window, if wanted
+
+    @property
+    def mean(self) -> torch.Tensor:
+        return self.total / self.num_rows
+
+
+@torch.no_grad()
+def embed(encoder, rows_of, keep_rows, files, args) -> dict[int, Embedding]:
+    """Embed all recordings, shared between the processes -> Embedding of each, in order.
+
+    `rows_of` makes rows [B, R, K] of windows [B, window]. ValueError at a recording that cannot be
+    used, unless --skip-bad is given.
+    """
+    processes = launched_processes()
+    device = encoder.log_mel.window.device
+    loader = DataLoader(
+        Windows(files, range(processes.rank, len(files), processes.count), encoder.window),
+        batch_size=args.batch_size,
         num_workers=args.workers,
         pin_memory=device.type == "cuda",
     )
-    found, pending = {}, collections.defaultdict(list)
-    os.makedirs(folder, exist_ok=True)
-    with tqdm(total=len(mine), unit=" recordings", disable=RANK > 0 or None) as bar:
-        files = [open(f"{folder}/{view}-{RANK}", "wb") for view in range(num_views)]
-        for recordings, sounds, waveform, ends in batches:
-            views = [rows.cpu().numpy() for rows in views_of(encoder.log_mel(waveform.to(device)))]
-            for b, (i, sound, end) in enumerate(zip(recordings.tolist(), sounds.tolist(), ends)):
-                held = [-(-sound * rows.shape[1] // encoder.window) for rows in views]  # rounded up
-                kept = [rows[b, :count] for rows, count in zip(views, held)]
-                pending[i].append(
-                    [x.sum(0, keepdims=True) if pool == "clip" else x.copy() for x in kept]
-                )
-                if not end:
-                    continue
-                bar.update()
-                parts = list(zip(*pending.pop(i)))  # of each view, what its windows gave
-                if end != "end":
-                    line = printable(f"{clips.name(i)}: {end}")
-                    if not args.skip_bad:
-                        raise ValueError(f"{line} (--skip-bad leaves such out)")
-                    tqdm.write(f"left out: {line}", file=sys.stderr)
-                    continue
-                found[i] = (
-                    ((len(parts[0]) - 1) * encoder.window + sound) / encoder.sampling_rate,
-                    [],
-                )
-                for windows, file, rows, count in zip(parts, files, views, held):
-                    made = np.concatenate(windows)
-                    if pool == "clip":
-                        made = made.sum(0, keepdims=True) / (
-                            (len(windows) - 1) * rows.shape[1] + count
-                        )
-                    found[i][1].append((file.name, np.float32, "r", file.tell(), made.shape))
-                    made.tofile(file)
-    everyone = [found] * WORLD
-    if WORLD > 1:
-        torch.distributed.all_gather_object(everyone, found)
-    if RANK > 0:
-        sys.exit()
-    if not (found := collections.ChainMap(*everyone)):
-        raise ValueError(f"{args.data}: none of {len(clips)} recordings can be used")
-    return {i: found[i] for i in sorted(found)}
+    found = defaultdict(Embedding)
+    errors = {}
+    for recordings, waveform, samples, reasons in tqdm(loader, unit=" batches", disable=None):
+        rows = rows_of(waveform.to(device)).cpu()  # [B, R, K]
+        for b, i in enumerate(recordings.tolist()):
+            if reasons[b] != "":
+                errors[i] = reasons[b]
+            with_sound = math.ceil(samples[b].item() * rows.shape[1] / encoder.window)
+            embedding = found[i]
+            embedding.samples += samples[b].item()
+            embedding.num_rows += with_sound
+            embedding.total = embedding.total + rows[b, :with_sound].sum(0)
+            if keep_rows:
+                embedding.rows.append(rows[b, :with_sound].clone())
+    for i, reason in errors.items():
+        line = printable(f"{files.name(i)}: {reason}")
+        if not args.skip_bad:
+            raise ValueError(f"{line} (--skip-bad leaves such out)")
+        print(f"left out: {line}", file=sys.stderr)
+        del found[i]
+    if processes.count > 1:
+        of_each_process = [None] * processes.count
+        dist.all_gather_object(of_each_process, found)
+        for theirs in of_each_process:
+            found |= theirs
+    if not found:
+        raise ValueError(f"{args.data}: none of {len(files)} recordings can be used")
+    return dict(sorted(found.items()))
 
 
-def save_embeddings(args, clips, encoder, folder):
-    """`--out`: the .npz, written beside it, from disk to disk, and renamed."""
-    found = embed(args, clips, encoder, lambda x: [encoder.columns(x)], 1, args.pool, folder)
-    seconds, places = zip(*((seconds, place) for seconds, (place,) in found.values()))
-    offsets = np.cumsum([0, *(shape[0] for *_, shape in places)])
-    with open(f"{folder}/rows", "wb") as file:
-        for place in places:
-            np.memmap(*place).tofile(file)
-    rows = np.memmap(file.name, np.float32, "r", shape=(int(offsets[-1]), encoder.output_dim))
-    config = dict(
-        model=vars(encoder.network.config),
-        log_mel=encoder.log_mel.config,
-        bands=args.bands,
-        pool=args.pool,
-        encoder=args.encoder,
-    )
-    with open(f"{folder}/npz", "wb") as file:
+def save_embeddings(args, encoder, files):
+    """--out: all embeddings in one .npz, which is renamed when it is whole."""
+    by_time = args.pool == "time"
+    found = embed(encoder, encoder.rows, by_time, files, args)
+    if launched_processes().rank > 0:
+        return
+    blocks = []  # [rows, K] of each recording
+    for embedding in found.values():
+        blocks.append(torch.cat(embedding.rows) if by_time else embedding.mean.unsqueeze(0))
+    config = {
+        "model": vars(encoder.network.config),
+        "log_mel": encoder.log_mel.config,
+        "bands": args.bands,
+        "pool": args.pool,
+        "encoder": args.encoder,
+    }
+    with whole_file(args.out) as file:
         np.savez(
             file,
-            embeddings=rows,
-            offsets=offsets,
-            paths=[clips.name(i) for i in found],
-            seconds=seconds,
+            embeddings=torch.cat(blocks).numpy(),
+            offsets=np.cumsum([0] + [len(block) for block in blocks]),
+            paths=[files.name(i) for i in found],
+            seconds=[embedding.samples / encoder.sampling_rate for embedding in found.values()],
             sample_rate=encoder.sampling_rate,
             hop_ms=encoder.hop_size_in_ms,
             step=encoder.step,
             config=json.dumps(config),
         )
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{folder}/npz", args.out)
-    print(
-        f"{printable(args.out)}: {len(found)} of {len(clips)} recordings, embeddings {list(rows.shape)}"
-    )
+    print(f"{printable(args.out)}: {len(found)} of {len(files)} recordings, {args.pool} embeddings")
+
+
+# ------------------------------------------------------------------------------------------------
+# Probes: what is a frozen embedding worth?
 
 
 def knn(probe, embeddings, labels, classes, train, test):
-    """Accuracy of the vote of the 10 nearest training clips by cosine, each weighing exp(similarity / 0.07).
-    "knn": every dimension standardised on the training split. "xares-knn": as X-ARES 0.1.3 and so Table III,
-    each feature normalised over the training clips, instead of each clip: clips of large norm win."""
+    """Accuracy of the vote of the 10 nearest training clips by cosine, each weighing
+    exp(similarity / 0.07). embeddings [clips, K]; `train` and `test` are indices.
+
+    "knn": every dimension is standardised on the training split first. "xares-knn": as X-ARES 0.1.3
+    computes it, and so Table III: each feature is normalised over the training clips, instead of
+    each clip over its features, so that clips of large norm win.
+    """
     if probe == "knn":
-        std, mean = torch.std_mean(embeddings[train], 0, correction=0)
+        std, mean = torch.std_mean(embeddings[train], dim=0, correction=0)
         embeddings = (embeddings - mean) / torch.where(std > 1e-6, std, 1.0)
-    candidates, right = F.normalize(embeddings[train], dim=1 if probe == "knn" else 0), 0
-    for part in test.split(1024):
-        close, nearest = (F.normalize(embeddings[part]) @ candidates.T).topk(min(10, len(train)))
-        weights = (close / 0.07).softmax(1)  # exp, up to a factor that all 10 share
-        votes = torch.zeros(len(part), classes).scatter_add_(1, labels[train][nearest], weights)
-        right += (votes.argmax(1) == labels[part]).sum().item()
+        candidates = F.normalize(embeddings[train], dim=1)
+    else:
+        candidates = F.normalize(embeddings[train], dim=0)
+    right = 0
+    for some in test.split(1024):
+        similarity = F.normalize(embeddings[some], dim=1) @ candidates.T  # [some, train]
+        nearest = similarity.topk(min(10, len(train)), dim=1)
+        weights = (nearest.values / 0.07).softmax(1)  # exp, up to a factor that all 10 share
+        votes = torch.zeros(len(some), classes)
+        votes.scatter_add_(1, labels[train][nearest.indices], weights)
+        right += (votes.argmax(1) == labels[some]).sum().item()
     return right / len(test)
 
 
-class Probe(torch.nn.Module):
-    """LayerNorm, Linear: (tokens [B, L, K], padding [B, L]) -> [B, classes]. Of the only token, the pooled
-    embedding, as X-ARES has it; or, `attentive`, of what one learned query draws, in 8 heads, out of all."""
+class Probe(nn.Module):
+    """LayerNorm and one Linear: (tokens [B, L, K], padding [B, L]) -> [B, classes].
+
+    Linear: of the only token, the pooled embedding, as in X-ARES. Attentive: of what one learned
+    query draws out of all tokens, in 8 heads.
+    """
 
     def __init__(self, width, classes, attentive):
         super().__init__()
-        self.norm, self.head = torch.nn.LayerNorm(width), torch.nn.Linear(width, classes)
-        self.query, heads = torch.nn.Parameter(0.02 * torch.randn(1, width)), math.gcd(8, width)
-        self.attention = (
-            torch.nn.MultiheadAttention(width, heads, batch_first=True) if attentive else None
-        )
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, classes)
+        self.query = nn.Parameter(0.02 * torch.randn(1, width))
+        self.attention = None
+        if attentive:
+            self.attention = nn.MultiheadAttention(width, math.gcd(8, width), batch_first=True)
 
     def forward(self, tokens, padding):
         tokens = self.norm(tokens)
         if self.attention is not None:
-            tokens, _ = self.attention(
-                self.query.expand(len(tokens), 1, -1), tokens, tokens, padding
-            )
+            query = self.query.expand(len(tokens), 1, -1)
+            tokens, _ = self.attention(query, tokens, tokens, padding)
         return self.head(tokens[:, 0])
 
 
-def train_probe(tokens_of, attentive, labels, classes, train, valid, test):
-    """Accuracy on `test` of a Probe on tokens_of(clip) [L, K], after the epoch that is best on `valid`, or on
-    a tenth of `train`. 10 epochs, batch 32, Adam, the rate on a cosine from 1e-3 to a tenth, as X-ARES."""
-    torch.manual_seed(0)
-    probe = Probe(tokens_of(0).shape[1], classes, attentive).to(device := choose_device())
-    optimizer, best, accuracy = torch.optim.Adam(probe.parameters()), -1.0, 0.0
-    if not len(valid):
-        tenth = deal(labels[train], 10) == 0
-        train, valid = train[~tenth], train[tenth]
+def train_probe(tokens, attentive, labels, classes, train, valid, test):
+    """Train a Probe on frozen tokens, a tensor [L, K] for each clip -> accuracy on `test`.
 
-    def logits(part):
-        tokens = [torch.tensor(tokens_of(clip)) for clip in part.tolist()]
-        lengths = torch.tensor([len(rows) for rows in tokens])
-        padding = torch.arange(max(lengths)) >= lengths.unsqueeze(1)
-        return probe(pad_sequence(tokens, True).to(device), padding.to(device)).cpu()
+    As X-ARES: 10 epochs of Adam, batch 32, the rate on a cosine from 1e-3 to a tenth. What counts is
+    the epoch that is best on `valid`, or on a tenth of `train` if there is no `valid`.
+    """
+    if len(valid) == 0:
+        is_valid = deal(labels[train], 10) == 0
+        valid = train[is_valid]
+        train = train[~is_valid]
+    torch.manual_seed(0)
+    device = choose_device(launched_processes())
+    probe = Probe(tokens[0].shape[1], classes, attentive).to(device)
+    optimizer = torch.optim.Adam(probe.parameters())
+
+    def logits(clips):
+        some = [tokens[clip] for clip in clips.tolist()]
+        lengths = torch.tensor([len(clip) for clip in some])
+        padded = pad_sequence(some, batch_first=True)  # [B, L, K]
+        padding = torch.arange(padded.shape[1]) >= lengths.unsqueeze(1)
+        return probe(padded.to(device), padding.to(device)).cpu()
 
     @torch.no_grad()
-    def score(split):
-        return sum((logits(x).argmax(1) == labels[x]).sum().item() for x in split.split(32)) / len(
-            split
-        )
+    def accuracy(split):
+        right = 0
+        for clips in split.split(32):
+            right += (logits(clips).argmax(1) == labels[clips]).sum().item()
+        return right / len(split)
 
+    best = -1.0
+    answer = 0.0
     for epoch in range(10):
         optimizer.param_groups[0]["lr"] = 1e-3 * (0.55 + 0.45 * math.cos(math.pi * epoch / 10))
-        for part in train[torch.randperm(len(train))].split(32):
-            F.cross_entropy(logits(part), labels[part]).backward()
+        for clips in train[torch.randperm(len(train))].split(32):
+            F.cross_entropy(logits(clips), labels[clips]).backward()
             optimizer.step()
             optimizer.zero_grad()
-        if (now := score(valid)) >= best:  # of equals the last, which has seen most
-            best, accuracy = now, score(test)
-    return accuracy
+        now = accuracy(valid)
+        if now >= best:  # of equals the last, which has seen most
+            best = now
+            answer = accuracy(test)
+    return answer
 
 
 def deal(labels, folds):
-    """A fold for each clip, shuffled and dealt out like cards, class after class -> int64 like `labels`."""
+    """Deal clips out like cards, class after class, shuffled -> the fold of each, int64."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     order = order[labels[order].argsort(stable=True)]
-    return torch.empty_like(labels).index_copy_(0, order, torch.arange(len(labels)) % folds)
+    fold = torch.empty_like(labels)
+    fold[order] = torch.arange(len(labels)) % folds
+    return fold
+
+
+SPLITS = {
+    "train": ("train", "training"),
+    "valid": ("valid", "val", "validation", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+
+
+def split_of(folder):
+    """train, valid or test, if a folder (or tar) is named so, else None."""
+    name = folder.lower().removesuffix(".tar")
+    for split, names in SPLITS.items():
+        if name in names:
+            return split
+    return None
 
 
 def read_task(args, names):
-    """Paths SPLIT/LABEL/... or LABEL/... -> (class of each, [(train, valid, test)], these as indices).
-    ValueError if the folders are neither."""
-    folders, indices = [name.split("/")[:-1] for name in names], torch.arange(len(names))
-    split = np.array([folder[0] if folder else "" for folder in folders])
-    has_splits = {"train", "test"} <= {*split} or {*split} <= {
-        "train",
-        "valid",
-        "val",
-        "dev",
-        "test",
-    }
-    labels = [(*folder, "", "")[has_splits] for folder in folders]
-    misnamed = (
-        has_splits and (args.folds or {*split} - {"valid"} != {"train", "test"}) or "" in labels
+    """Paths SPLIT/LABEL/... or LABEL/... -> (class of each, [(train, valid, test)] as indices).
+
+    ValueError if the folders are neither.
+    """
+    wanted = (
+        f"{args.data}: wanted are train/LABEL/* and test/LABEL/* (and valid/LABEL/*), or LABEL/*"
     )
-    if misnamed or len({*labels}) < 2 or len(names) < (args.folds or 5) * (not has_splits):
-        raise ValueError(
-            f"{args.data}: not 2 LABELs in train/LABEL/*, test/LABEL/*, or LABEL/* (--folds)"
-        )
-    labels = torch.from_numpy(np.unique(labels, return_inverse=True)[1])
+    folders = [name.split("/")[:-1] for name in names]
+    splits = [split_of(folder[0]) if folder else None for folder in folders]
+    has_splits = any(splits)
+    if has_splits and "test" not in splits:
+        splits = [
+            "test" if split == "valid" else split for split in splits
+        ]  # train/ and dev/ alone
     if has_splits:
-        return labels, [[indices[split == name] for name in ("train", "valid", "test")]]
-    fold = deal(labels, args.folds or 5)  # without --folds, the first of five
-    return labels, [
-        [indices[fold != n], indices[:0], indices[fold == n]] for n in range(args.folds or 1)
-    ]
+        folders = [folder[1:] for folder in folders]
+        if args.folds or None in splits or not {"train", "test"} <= set(splits):
+            raise ValueError(f"{wanted}; --folds is for LABEL/* alone")
+    classes = sorted({folder[0] for folder in folders if folder})
+    folds = args.folds or 5
+    if [] in folders or len(classes) < 2 or (not has_splits and len(names) < folds):
+        raise ValueError(f"{wanted}; found {len(classes)} LABEL, {len(names)} recordings")
+    labels = torch.tensor([classes.index(folder[0]) for folder in folders])
+
+    def indices(chosen):
+        return torch.as_tensor(chosen).nonzero().flatten()
+
+    if has_splits:
+        splits = np.array(splits)
+        return labels, [tuple(indices(splits == name) for name in ("train", "valid", "test"))]
+    fold = deal(labels, folds)
+    tested = range(args.folds or 1)  # without --folds, the first of five is the test
+    return labels, [(indices(fold != n), indices([]), indices(fold == n)) for n in tested]
 
 
-def run_probes(args, clips, encoder, folder):
-    """`--probe`: the accuracies of this encoder, and of the baselines that it has to beat."""
-    read_task(
-        args, [clips.name(i) for i in range(len(clips))]
-    )  # may refuse: better now than in the end
-    encoder.bands = "concat"
+def run_probes(args, encoder, files):
+    """--probe: accuracies of this encoder, and of two baselines that it has to beat."""
+    read_task(args, [files.name(i) for i in range(len(files))])  # may refuse: before the work
     torch.manual_seed(0)
-    untrained, config = copy.deepcopy(encoder), encoder.network.config
+    config = encoder.network.config
+    untrained = copy.deepcopy(encoder)
     untrained.network = VisionTransformer(config).to(encoder.log_mel.window)
-    widths = {
-        "this encoder, concat": config.dim,
-        "this encoder, mean": config.dim,  # of a token
-        "untrained, concat": config.dim,
-        "untrained, mean": config.dim,
-        "log-mel": 2 * config.mel_bins,
+
+    def log_mel_and_square(waveform):
+        log_mel = encoder.log_mel(waveform)[:, 0]  # [B, T, F]
+        return torch.cat([log_mel, log_mel.square()], dim=2)  # whose means give mean and std
+
+    views = {
+        "this encoder": encoder.rows,
+        "untrained": untrained.rows,
+        "log-mel": log_mel_and_square,
+    }
+    table = {}
+    for view, rows_of in views.items():
+        found = embed(encoder, rows_of, "attentive" in args.probe, files, args)
+        labels, splits = read_task(args, [files.name(i) for i in found])
+        pooled = torch.stack([embedding.mean for embedding in found.values()])  # [clips, K]
+        rows = [torch.cat(embedding.rows) for embedding in found.values() if embedding.rows]
+        if view == "log-mel":
+            mean, square = pooled.chunk(2, dim=1)
+            pooled = torch.cat([mean, (square - mean**2).clamp(min=0).sqrt()], dim=1)
+            table[view] = accuracies(args.probe, pooled, rows, labels, splits)
+            continue
+        bands = (config.grid[1], config.dim)  # of a row
+        tokens = [row.reshape(-1, config.dim) for row in rows]
+        table[f"{view}, concat"] = accuracies(args.probe, pooled, tokens, labels, splits)
+        tokens = [row.unflatten(1, bands).mean(1) for row in rows]
+        pooled = pooled.unflatten(1, bands).mean(1)
+        table[f"{view}, mean"] = accuracies(args.probe, pooled, tokens, labels, splits)
+    train, valid, test = splits[0]
+    about = {
+        "data": args.data,
+        "checkpoint": args.checkpoint,
+        "step": encoder.step,
+        "encoder": args.encoder,
+        "train": len(train),
+        "valid": len(valid),
+        "test": len(test),
+        "classes": 1 + int(labels.max()),
+        "folds": len(splits),
+    }
+    print("  ".join(f"{name} {value}" for name, value in about.items()))
+    print(" " * 22, "".join(f"{probe:>12}" for probe in args.probe))
+    for view, row in table.items():
+        print(f"{view:22}", "".join(f"{accuracy:12.3f}" for accuracy in row.values()))
+    if args.json:
+        with whole_file(args.json) as file:
+            file.write(json.dumps(about | {"accuracy": table}).encode())
+
+
+def accuracies(probes, pooled, tokens, labels, splits):
+    """Accuracy of each probe, mean over folds. pooled [clips, K], tokens [L, K] of each clip."""
+    classes = 1 + int(labels.max())
+    row = {}
+    for probe in probes:
+        of_folds = []
+        for split in splits:
+            if probe == "linear":
+                accuracy = train_probe(pooled.unsqueeze(1), False, labels, classes, *split)
+            elif probe == "attentive":
+                accuracy = train_probe(tokens, True, labels, classes, *split)
+            else:
+                accuracy = knn(probe, pooled, labels, classes, split[0], split[2])
+            of_folds.append(accuracy)
+        row[probe] = sum(of_folds) / len(of_folds)
+    return row
+
+
+# ------------------------------------------------------------------------------------------------
+# Checkpoints: ours, and the file that the authors released
+
+
+def read_encoder(path):
+    """A checkpoint of train.py, or the authors' file in that form. ValueError if it is neither."""
+    try:
+        return load_checkpoint(path)
+    except ValueError as refusal:
+        try:
+            return load_authors_file(path)
+        except Exception:  # whatever a file that is neither makes us stumble over
+            raise refusal from None
+
+
+class Inert:
+    """Stands for the objects that Lightning stores beside the weights: none is executed."""
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+def load_authors_file(path):
+    """The authors' Lightning checkpoint, in the form of ours; its log_mel is None."""
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    with torch.serialization.safe_globals([(Inert, name) for name in names]):
+        theirs = torch.load(path, map_location="cpu", weights_only=True)
+    networks = defaultdict(dict)
+    for name, tensor in theirs["state_dict"].items():
+        network, name = name.replace("_orig_mod.", "").split(".", 1)
+        name = name.replace("patch_embed.proj", "patch_embed")
+        name = name.replace("Wqkv", "qkv").replace("out_proj", "proj")
+        if name == "patch_embed.weight":
+            tensor = tensor.flatten(1)  # of their convolution
+        if name == "pos_embed":
+            tensor = tensor.squeeze(0)
+        networks[network][name] = tensor
+    target = networks["target_encoder"]
+    dim = len(target["patch_embed.weight"])
+    hidden = len(target["blocks.0.mlp.fc1.weight"])
+    depth = len([name for name in target if name.endswith("attn.qkv.weight")])
+    config = JEPAConfig(dim=dim, depth=depth, heads=dim // 64, mlp_ratio=hidden / dim)
+    return {
+        "config": {"model": vars(config), "log_mel": None},
+        "step": theirs.get("global_step", 0),
+        "target_encoder": target,
+        "context_encoder": networks["encoder"],
     }
 
-    def views_of(spectrogram):
-        views = [
-            (
-                columns,
-                columns.unflatten(2, (encoder.grid[1], -1)).mean(2),
-            )  # [B, 16, 8 D], [B, 16, D]
-            for columns in (encoder.columns(spectrogram), untrained.columns(spectrogram))
-        ]
-        return [
-            *views[0],
-            *views[1],
-            torch.cat([spectrogram, spectrogram.square()], 3)[:, 0],
-        ]  # and moments
 
-    pool = "time" if "attentive" in args.probe else "clip"
-    found = embed(args, clips, encoder, views_of, len(widths), pool, folder)
-    labels, splits = read_task(args, [clips.name(i) for i in found])
-    places, classes, table = [places for _, places in found.values()], 1 + int(labels.max()), {}
-    for n, (view, width) in enumerate(widths.items()):
-        pooled = np.stack([np.memmap(*place[n]).mean(0) for place in places])  # [clips, K]
-        if view == "log-mel":
-            mean, square = np.split(pooled, 2, 1)
-            pooled = np.hstack([mean, np.sqrt(np.maximum(square - mean**2, 0))])  # mean and std
-        tokens_of = dict(
-            linear=lambda clip: pooled[clip : clip + 1],
-            attentive=lambda clip: np.memmap(*places[clip][n]).reshape(-1, width),
-        )
-        table[view] = {
-            probe: float(
-                np.mean(
-                    [
-                        knn(probe, torch.from_numpy(pooled), labels, classes, train, test)
-                        if probe not in tokens_of
-                        else train_probe(
-                            tokens_of[probe],
-                            probe == "attentive",
-                            labels,
-                            classes,
-                            train,
-                            valid,
-                            test,
-                        )
-                        for train, valid, test in splits
-                    ]
-                )
-            )
-            for probe in args.probe
-        }
-    sizes = dict(
-        zip(("train", "valid", "test"), map(len, splits[0])), classes=classes, folds=len(splits)
-    )
-    about = dict(
-        data=args.data, checkpoint=args.checkpoint, step=encoder.step, encoder=args.encoder, **sizes
-    )
-    print("  ".join(f"{name} {printable(str(value))}" for name, value in about.items()))
-    print(" " * 22, *(f"{probe:>11}" for probe in args.probe))
-    for view, row in table.items():
-        print(f"{view:22}", *(f"{accuracy:11.3f}" for accuracy in row.values()))
-    if args.json:
-        write_atomically(args.json, json.dumps(dict(about, accuracy=table)).encode())
+class AuthorsLogMel(LogMel):
+    """The front end of the authors' weights: a hop of 1243, a window of 3108, peak-normalised
+    waveforms, the 255 frames that lie inside the clip, and zeros for the 256th."""
+
+    def __init__(self):
+        super().__init__()
+        self.hop = 1243
+        self.window_length = 3108
+        self.window = torch.hann_window(self.window_length, periodic=False)
+
+    def cut(self, waveform):
+        return waveform.unfold(1, self.window_length, self.hop)
+
+    def frames(self, waveform):
+        peak = waveform.abs().amax(dim=1, keepdim=True).clamp(min=1e-6)
+        frames = super().frames(waveform / peak)
+        return F.pad(frames, (0, 0, 0, 1))
 
 
-def fail(message, code=2):
-    print(f"extract.py: error: {message}", file=sys.stderr)
-    sys.exit(code)
+# ------------------------------------------------------------------------------------------------
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = fail  # one line, without the usage
+    parser = OneLineParser(description="Embeddings and probes of a frozen encoder.")
     add = parser.add_argument
     add("checkpoint", help="last.pt or step-*.pt of train.py, or the authors' file")
-    add(
-        "data",
-        help="as train.py's --data, except a packed folder; for --probe, folders by split and label",
-    )
+    add("data", help="as --data of train.py, but not packed; for --probe, folders by label")
     add("--out", metavar="FILE.npz", help="write embeddings")
+    add("--bands", choices=["concat", "mean"], default="concat", help="of --out: bands of a column")
     add(
-        "--bands",
-        choices=["concat", "mean"],
-        default="concat",
-        help="of --out: frequency bands of a column",
-    )
-    add(
-        "--pool",
-        choices=["clip", "time"],
-        default="clip",
-        help="of --out: a row a recording or each 625 ms",
+        "--pool", choices=["clip", "time"], default="clip", help="a row a recording, or each 625 ms"
     )
     add("--encoder", choices=["target", "context"], default="target", help="which of the two")
-    add(
-        "--probe",
-        nargs="+",
-        choices=["knn", "xares-knn", "linear", "attentive"],
-        help="measure accuracies",
-    )
-    add(
-        "--folds",
-        type=int,
-        help="cross-validate on LABEL/*; without it, a fifth of the clips is the test",
-    )
+    add("--probe", nargs="+", choices=["knn", "xares-knn", "linear", "attentive"], help="measure")
+    add("--folds", type=int, help="cross-validate on LABEL/*; without it, a fifth is the test")
     add("--json", metavar="FILE", help="write the accuracies as well")
     add("--skip-bad", action="store_true", help="leave out recordings that cannot be used")
-    add("--batch-size", type=int, default=32, help="windows that pass through the encoder at once")
-    add("--workers", type=int, default=max(1, min(16, CORES - 1)), help="of each process")
+    add("--batch-size", type=int, default=32, help="windows that pass the encoder at once")
+    add("--workers", type=int, default=default_workers(), help="that read, for each process")
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="mixed precision")
     args = parser.parse_args(argv)
-    for name, least, most in (("batch_size", 1, 10**5), ("workers", 0, 1024), ("folds", 2, 10**5)):
-        value = getattr(args, name)
-        if value is not None and not least <= value <= most:
-            parser.error(f"--{name.replace('_', '-')} {value} is not between {least} and {most}")
-    if (
-        bool(args.out) == bool(args.probe)
-        or os.path.isdir(args.out or "")
-        or (args.out or "").endswith("/")
-    ):
-        parser.error("name one thing to do: --out FILE.npz (no folder), or --probe")
-    if (
-        args.out
-        and (args.json or args.folds)
-        or not os.path.isdir(os.path.dirname(args.json or "") or ".")
-    ):
-        parser.error("--json FILE, in a folder that exists, and --folds go with --probe")
+    if bool(args.out) == bool(args.probe):
+        parser.error("name one thing to do: --out FILE.npz or --probe")
+    if args.out and (args.json or args.folds):
+        parser.error("--json and --folds go with --probe")
+    for path in (args.out, args.json):
+        if path is not None and not os.path.isdir(os.path.dirname(path) or "."):
+            parser.error(f"{path}: no such folder")
+    if args.probe and launched_processes().count > 1:
+        parser.error("--probe runs in one process")
     return args
 
 
-def main(argv=None):
-    keep_freed_memory()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is in `folder` goes
+def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    run = os.getppid() if WORLD > 1 else os.getpid()  # the same in all processes
-    folder = f"{args.out}.parts" if args.out else f"{tempfile.gettempdir()}/probe-{run}"
+    processes = launched_processes()
     try:
-        if WORLD > 1:
-            torch.set_num_threads(CORES)
-            torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
-        encoder = load_encoder(args.checkpoint, args.bands, args.encoder).to(choose_device())
+        device = choose_device(processes)
+        encoder = load_encoder(args.checkpoint, args.bands, args.encoder).to(device)
         encoder.amp = args.amp
-        clips = AudioClips(args.data, encoder.sampling_rate)
-        if clips.packed:
+        files = AudioClips(args.data, encoder.sampling_rate).source
+        if not isinstance(files, AudioFiles):
             raise ValueError(f"{args.data}: is packed; embeddings are made of audio")
-        (run_probes if args.probe else save_embeddings)(args, clips, encoder, folder)
-    except (*CANNOT_USE, KeyError, TypeError, KeyboardInterrupt) as error:
-        fail(" ".join(str(error).split()) or "stopped")
-    finally:
-        if RANK == 0:
-            shutil.rmtree(folder, ignore_errors=True)
+        start_processes(processes, torch.device("cpu"))  # they exchange what is in memory
+        if args.probe:
+            run_probes(args, encoder, files)
+        else:
+            save_embeddings(args, encoder, files)
+    except UNREADABLE as error:
+        fail(error)
 
 
 if __name__ == "__main__":

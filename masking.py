@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which patches are hidden (sec. IV.A), and the moving average that is the target encoder (eq. (3)).
+"""Which patches are hidden (sec. IV.A), and the average that is the target encoder (eq. (3)).
 
 A mask is two tensors of patch numbers, never booleans: `context_idx` [B, C] are the visible
 patches of each clip, `target_idx` [B, M] the masked ones, and C + M = N. Patches are numbered

@@ -271,7 +271,7 @@ LOSSES = {"l2": l2_loss, "smooth_l1": smooth_l1_loss, "cosine": cosine_loss}
 
 
 def normalise_targets(targets: torch.Tensor) -> torch.Tensor:
-    """Give every target token mean 0 and variance 1 over its features: [B, N, D] -> [B, N, D], fp32.
+    """Give each target token mean 0 and variance 1 over its features: [B, N, D] -> the same, fp32.
 
     Why: the last LayerNorm of the encoder has a learned scale. Distances between un-normalised
     targets could be made small by shrinking that scale, and the loss would fall for free.
@@ -288,6 +288,7 @@ class JEPA(nn.Module):
 
     def __init__(self, config: JEPAConfig, loss: str = "l2"):
         super().__init__()
+        self.config = config
         self.context_encoder = VisionTransformer(config)
         self.predictor = Predictor(config)
         self.loss = LOSSES[loss]
@@ -344,8 +345,9 @@ def count_millions(network: nn.Module) -> float:
 if __name__ == "__main__":
     print("preset   encoder  predictor   trained   GFLOP a clip: target  context  predictor    sum")
     for preset, config in PRESETS.items():
-        encoder = count_millions(VisionTransformer(config))
-        predictor = count_millions(Predictor(config))
+        with torch.device("meta"):  # shapes only: no memory, no random numbers
+            encoder = count_millions(VisionTransformer(config))
+            predictor = count_millions(Predictor(config))
         gflops = gflops_per_clip(config)
         print(
             f"{preset:7}{encoder:8.2f} M {predictor:8.2f} M {encoder + predictor:7.2f} M"

@@ -44,7 +44,11 @@ import extract
 import masking
 import model
 import train
-from model import JEPAConfig, JEPA, Predictor, PRESETS, VisionTransformer
+from model import JEPA
+from model import PRESETS
+from model import JEPAConfig
+from model import Predictor
+from model import VisionTransformer
 
 HERE = Path(__file__).parent
 heavy = pytest.mark.skipif(

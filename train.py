@@ -17,6 +17,7 @@ ones, D encoder width, T spectrogram frames, F mel bands.
 
 import argparse
 import copy
+import csv
 import dataclasses
 import functools
 import math
@@ -24,6 +25,7 @@ import os
 import signal
 import sys
 import time
+import timeit
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +47,7 @@ from data import clip_order
 from data import measure_mean_std
 from data import printable
 from data import usable_cores
-from data import write_atomically
+from data import whole_file
 from masking import MASKS
 from masking import draw_masks
 from masking import ema_decay
@@ -53,7 +55,6 @@ from masking import update_ema
 from model import JEPA
 from model import LOSSES
 from model import PRESETS
-from model import JEPAConfig
 from model import VisionTransformer
 from model import gather_tokens
 from model import gflops_per_clip
@@ -89,7 +90,6 @@ class Run:
     """Everything that a step needs."""
 
     args: argparse.Namespace  # the flags
-    config: JEPAConfig  # sizes of the networks
     device: torch.device
     precision: torch.dtype  # of autocast; float32 is no autocast
     rows: list[slice]  # of this process, see rows_of_process
@@ -121,7 +121,7 @@ def train_step(run: Run, step: int, clips: list[torch.Tensor]) -> StepResult:
         args.seed,
         step,
         args.batch_size,
-        run.config.grid,
+        run.model.config.grid,
         args.mask_ratio,
         run.device,
     )
@@ -214,7 +214,7 @@ def main(argv: list[str] | None = None) -> None:
 
         # Processes
         start_processes(processes, device)
-        amp = from_first_process(choose_amp(args.amp, device.type, checkpoint))
+        amp = choose_amp(args.amp, device.type, checkpoint)
         precision = PRECISIONS[amp]
         settings = settings_of(args, clips, amp)
 
@@ -242,7 +242,6 @@ def main(argv: list[str] | None = None) -> None:
         rows = rows_of_process(args.batch_size, args.accum, processes.rank, processes.count)
         run = Run(
             args=args,
-            config=config,
             device=device,
             precision=precision,
             rows=rows,
@@ -262,16 +261,15 @@ def main(argv: list[str] | None = None) -> None:
             progress = resume(run, checkpoint, settings)
         else:
             progress = Progress()
-            measured = None
             if is_first:
                 print("measuring mean and std of the log-mel on the first 256 clips", flush=True)
-                measured = measure_mean_std(clips, log_mel, device, args.workers)
-            log_mel.mean, log_mel.std = from_first_process(measured)
+            log_mel.mean, log_mel.std = measure_mean_std(clips, log_mel, device, args.workers)
         if is_first:
             print(describe(run, clips, processes, progress))
             cut_log(out / "log.csv", progress.step)
             if checkpoint is None and args.data is not None:
-                keep_index(out, clips)
+                with whole_file(out / "index.npy") as file:
+                    np.save(file, clips.source.entries)
 
         # Loop
         steps = range(progress.step, args.steps)
@@ -350,13 +348,12 @@ def monitors(pooled: torch.Tensor) -> dict[str, float]:
     clips = len(pooled)
     singular = torch.linalg.svdvals(pooled - pooled.mean(0))
     singular = singular[singular > 1e-6 * pooled.norm()]  # the rest is rounding
-    share = singular / singular.sum()
-    effective_rank = (-share * share.log()).sum().exp().item()
+    entropy = torch.special.entr(singular / singular.sum()).sum().item()
     # All pairs of unit vectors: the square of their sum, without each clip paired with itself.
     pairs = F.normalize(pooled).sum(0).square().sum().item() - clips
     return {
         "target_std": pooled.std(0, correction=0).mean().item(),
-        "effective_rank": effective_rank if len(singular) > 0 else 0.0,
+        "effective_rank": math.exp(entropy),
         "mean_cosine": pairs / max(clips * (clips - 1), 1),
     }
 
@@ -409,31 +406,25 @@ def log_row(run, progress, result, loss, num_clips):
 
 
 def write_row(path, row):
-    cells = {}
-    for name, value in row.items():
-        cells[name] = str(value) if isinstance(value, int) else f"{value:.6g}"
+    cells = {name: f"{value:.7g}" for name, value in row.items()}
     tqdm.write("  ".join(f"{name} {cell}" for name, cell in cells.items()))
     is_new = not path.exists()
-    with open(path, "a") as file:
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, cells.keys(), lineterminator="\n")
         if is_new:
-            file.write(",".join(cells.keys()) + "\n")
-        file.write(",".join(cells.values()) + "\n")
+            writer.writeheader()
+        writer.writerow(cells)
 
 
 def cut_log(path, step):
-    """Drop the lines of steps that will be logged again; at step 0 all of them."""
-    if not path.exists():
+    """Drop the lines of steps that will be logged again, and half a line at the end."""
+    if step == 0 or not path.exists():
+        path.unlink(missing_ok=True)
         return
-    if step == 0:
-        path.unlink()
-        return
-    header, *lines = path.read_text().splitlines()
-    kept = [header]
-    for line in lines:
-        number = line.split(",")[0]
-        if number.isdecimal() and int(number) <= step:
-            kept.append(line)
-    write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
+    header, *rows = path.read_text().splitlines(keepends=True)
+    kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= step]
+    with whole_file(path) as file:
+        file.write("".join([header, *kept]).encode())
 
 
 # ---- Optimizer and checkpoints
@@ -471,42 +462,36 @@ def settings_of(args, clips, amp):
     return settings
 
 
+def parts_of(run):
+    """What has a state of its own, by its name in a checkpoint."""
+    return {
+        "context_encoder": run.model.context_encoder,
+        "target_encoder": run.target_encoder,
+        "predictor": run.model.predictor,
+        "optimizer": run.optimizer,
+        "scaler": run.scaler,
+    }
+
+
 def save(run, progress, settings, out, keep):
-    """Write last.pt, and if `keep` is set also step-*.pt, which no run can be continued from: it is
-    for extraction, without the optimizer's two numbers for each weight."""
+    """Write last.pt, and if `keep` is set also step-*.pt. That one is for extraction: without the
+    optimizer's two numbers for each weight, no run can be continued from it."""
     checkpoint = {
         "format": CHECKPOINT_FORMAT,
         "step": progress.step,
-        "config": {"model": dataclasses.asdict(run.config), "log_mel": run.log_mel.config},
-        "target_encoder": run.target_encoder.state_dict(),
-        "context_encoder": run.model.context_encoder.state_dict(),
-        "predictor": run.model.predictor.state_dict(),
-    }
-    state = {
-        "optimizer": run.optimizer.state_dict(),
-        "scaler": run.scaler.state_dict(),
-        "progress": dataclasses.asdict(progress),
+        "config": {"model": vars(run.model.config), "log_mel": run.log_mel.config},
+        "progress": vars(progress),
         "settings": settings,
         "data": os.path.abspath(run.args.data or ""),
     }
-    save_checkpoint(checkpoint | state, out / "last.pt")
+    for name, part in parts_of(run).items():
+        checkpoint[name] = part.state_dict()
+    with whole_file(out / "last.pt") as file:
+        torch.save(checkpoint, file)
     if keep:
-        save_checkpoint(checkpoint, out / f"step-{progress.step:07d}.pt")
-
-
-def save_checkpoint(checkpoint: dict, path: Path) -> None:
-    """Write a checkpoint: all of it or nothing, whenever the power goes or the disk is full."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        with open(temporary, "wb") as file:
+        del checkpoint["optimizer"]
+        with whole_file(out / f"step-{progress.step:07d}.pt") as file:
             torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut could leave the new name on an empty file
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        reason = error.__context__ or error  # torch hides what the disk said
-        raise OSError(f"cannot write {path}: {reason}; what was there before is kept") from error
 
 
 def load_checkpoint(path: str | os.PathLike) -> dict:
@@ -548,11 +533,8 @@ def resume(run, checkpoint, settings):
                 f"{flag} is {value}, but the run in {run.args.out} has {before}: "
                 "keep to it, or start another run with another --out"
             )
-    run.model.context_encoder.load_state_dict(checkpoint["context_encoder"])
-    run.model.predictor.load_state_dict(checkpoint["predictor"])
-    run.target_encoder.load_state_dict(checkpoint["target_encoder"])
-    run.optimizer.load_state_dict(checkpoint["optimizer"])
-    run.scaler.load_state_dict(checkpoint["scaler"])
+    for name, part in parts_of(run).items():
+        part.load_state_dict(checkpoint[name])
     run.log_mel.mean = checkpoint["config"]["log_mel"]["mean"]
     run.log_mel.std = checkpoint["config"]["log_mel"]["std"]
     return Progress(**checkpoint["progress"])
@@ -572,10 +554,6 @@ def open_clips(args, checkpoint) -> Clips:
         if checkpoint["data"] == os.path.abspath(args.data):
             entries = np.load(index, mmap_mode="r")
     return AudioClips(args.data, args.sample_rate, args.clip_seconds, args.seed, entries)
-
-
-def keep_index(out, clips):
-    write_atomically(out / "index.npy", clips.source.entries)
 
 
 def note_bad_files(path, batches):
@@ -626,11 +604,8 @@ def describe(run, clips, processes, progress):
 
 
 def choose_device(processes) -> torch.device:
-    """A GPU for each process of a machine, else MPS, else the CPU. ValueError: too few GPUs."""
+    """A GPU for each process of a machine, else MPS, else the CPU."""
     if torch.cuda.is_available():
-        if processes.local_rank >= torch.cuda.device_count():
-            gpus = torch.cuda.device_count()
-            raise ValueError(f"{processes.local_count} processes on a machine of {gpus} GPUs")
         torch.cuda.set_device(processes.local_rank)
         torch.backends.cuda.matmul.allow_tf32 = True
         return torch.device("cuda", processes.local_rank)
@@ -662,17 +637,12 @@ def choose_amp(amp: str, device_type: str, checkpoint: dict | None = None) -> st
 
 @functools.cache
 def bf16_is_faster():
-    """Time a matrix product on the CPU. It must clearly win, as casts cost time as well."""
-    fastest = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(1024, 1024, dtype=dtype)
-        times = []
-        for _ in range(6):
-            began = time.perf_counter()
-            a @ a
-            times.append(time.perf_counter() - began)
-        fastest[dtype] = min(times)
-    return fastest[torch.bfloat16] < fastest[torch.float32] / 1.5
+    """Time a matrix product on the CPU. bf16 must win clearly, as its casts cost time as well."""
+    fp32 = torch.ones(1024, 1024)
+    bf16 = fp32.bfloat16()
+    seconds_fp32 = min(timeit.repeat(lambda: fp32 @ fp32, number=1, repeat=6))
+    seconds_bf16 = min(timeit.repeat(lambda: bf16 @ bf16, number=1, repeat=6))
+    return seconds_bf16 < seconds_fp32 / 1.5
 
 
 def memory_gib(device):
@@ -746,37 +716,31 @@ def gather_from_processes(tensor):
     return torch.cat(parts)
 
 
-def from_first_process(value):
-    """The first process's value, in all of them."""
-    box = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(box, 0)
-    return box[0]
-
-
 class StopSignals:
     """SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 ask a run to finish its step, save and end.
 
-    A second signal ends the process at once, for a run that hangs. It must come 5 seconds after the
-    first: torchrun passes on a signal that its processes have got already.
+    A second one ends it at once, for a run that hangs; but not within 5 seconds, as torchrun passes
+    on signals that its processes have got already.
     """
 
     def __enter__(self):
-        self.requested = False
-        self.previous = {}
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            self.previous[number] = signal.signal(number, self.handle)
+        self.requested_at = math.inf
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        self.before = {number: signal.signal(number, self.handle) for number in numbers}
         return self
 
+    @property
+    def requested(self) -> bool:
+        return self.requested_at < math.inf
+
     def handle(self, number, frame):
-        if not self.requested:
-            self.requested = True
-            self.since = time.monotonic()
-        elif time.monotonic() - self.since > 5:
+        now = time.monotonic()
+        if now > self.requested_at + 5:
             os._exit(128 + number)
+        self.requested_at = min(self.requested_at, now)
 
     def __exit__(self, *exception):
-        for number, handler in self.previous.items():
+        for number, handler in self.before.items():
             signal.signal(number, handler)
 
 
@@ -791,46 +755,33 @@ def benchmark(run, clips, processes):
     batches = iter(clip_loader(clips, order, args.workers, pin_memory=run.device.type == "cuda"))
 
     def read():
-        return [next(batches).clip for _ in range(args.accum)]
+        return [next(batches).clip.to(run.device) for _ in range(args.accum)]
 
-    waveforms = [part.to(run.device) for part in read()]
+    waveforms = read()
     frames = [run.log_mel(part).squeeze(1) for part in waveforms]  # a step only normalises these
 
-    def log_mels():
-        for part in waveforms:
-            run.log_mel(part)
-
-    def step():
-        train_step(run, next(steps), frames)
-
-    def all_together():
-        train_step(run, next(steps), read())
-
     def seconds(work, repeat=1):
-        times = []
-        for _ in range(8):
-            began = time.perf_counter()
-            for _ in range(repeat):
-                work()
+        def work_to_its_end():
+            work()
             if run.device.type != "cpu":
                 torch.accelerator.synchronize()
-            times.append((time.perf_counter() - began) / repeat)
-        return float(np.median(times[3:]))  # the first three warm up
 
-    seconds(step)  # meets masks of many sizes, in memory and compiled
-    middle = sum(args.mask_ratio) / 2
-    args.mask_ratio = [middle, middle]  # from here on all steps are alike
+        times = timeit.repeat(work_to_its_end, number=repeat, repeat=8)
+        return float(np.median(times[3:])) / repeat  # the first three warm up
+
+    seconds(lambda: train_step(run, next(steps), frames))  # meets masks of many sizes
+    args.mask_ratio = [0.5, 0.5]  # from here on all steps are alike
     workers = max(args.workers, 1)  # each delivers in its turn, so we time whole rounds
-    times = {
-        "reading": seconds(read, 5 * workers),
-        "log-mel": seconds(log_mels),
-        "step alone": seconds(step),
-        "all together": seconds(all_together, workers),
-    }
     size = 4096 if run.device.type == "cpu" else 8192
     matrix = torch.randn(size, size, device=run.device, dtype=run.precision)
+    times = {
+        "reading": seconds(read, 5 * workers),
+        "log-mel": seconds(lambda: [run.log_mel(part) for part in waveforms]),
+        "step alone": seconds(lambda: train_step(run, next(steps), frames)),
+        "all together": seconds(lambda: train_step(run, next(steps), read()), workers),
+    }
     peak = 2 * size**3 / seconds(lambda: matrix @ matrix) / 1e12
-    gflops = args.batch_size / processes.count * sum(gflops_per_clip(run.config, middle).values())
+    gflops = args.batch_size / processes.count * sum(gflops_per_clip(run.model.config).values())
     tflops = gflops / times["step alone"] / 1e3
     if processes.rank == 0:
         print(
@@ -838,10 +789,8 @@ def benchmark(run, clips, processes):
         )
         for name, time_of_batch in times.items():
             print(f"{name:>14}  {args.batch_size / time_of_batch:10.1f} clips/s")
-        print(
-            f"step alone: {tflops:.2f} TFLOP/s a process, {tflops / peak:.0%} of a matrix product's "
-            f"{peak:.2f}; peak memory {memory_gib(run.device):.2f} GiB"
-        )
+        print(f"step alone: {tflops:.2f} TFLOP/s a process, of {peak:.2f} in a matrix product")
+        print(f"peak memory {memory_gib(run.device):.2f} GiB")
 
 
 # ---- Flags
@@ -908,9 +857,6 @@ def check(parser, args):
     """Refuse what does not fit together."""
     processes = launched_processes().count
     low, high = args.mask_ratio
-    for name in ("steps", "batch_size", "accum", "save_every", "log_every"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if args.batch_size % (args.accum * processes) != 0:
         parser.error(
             f"--batch-size {args.batch_size} is not a multiple of --accum {args.accum} x "
