@@ -28,6 +28,7 @@ import random
 import signal
 import sys
 import tarfile
+import threading
 import zlib
 from collections import Counter
 from fractions import Fraction
@@ -171,7 +172,10 @@ class Recordings:
     def __init__(self, root, entries: np.ndarray):
         self.root = os.fsencode(root)
         self.entries = entries
-        self.fingerprint = f"{len(entries)} recordings, crc {zlib.crc32(entries):08x}"
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{len(self)} recordings, crc {zlib.crc32(self.entries):08x}"
 
     def __len__(self):
         return len(self.entries)
@@ -473,10 +477,20 @@ def collate(readings):
 
 
 def leave_signals_to_the_main_process(_):
-    """Ctrl-C and Slurm signal all processes: the main one finishes its step, and needs its workers
-    for that."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    """Ctrl-C and Slurm signal all processes of a run. A worker must not die of that, as the main
+    process needs it to finish its step. It does die of a SIGTERM from the main process itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=die_with_the_main_process, daemon=True).start()
+
+
+def die_with_the_main_process():
+    sender = None
+    while sender != os.getppid():
+        sender = signal.sigwaitinfo([signal.SIGTERM]).si_pid
+    os._exit(0)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -578,8 +592,7 @@ def printable(name: str | bytes | os.PathLike) -> str:
 def decode(sound, start, count):
     """`count` samples from `start` on, or as many as there are -> mono float32, at the file's rate.
 
-    A second at a time: where a file is damaged, what came before the damage is used. ValueError if
-    it holds NaN or Inf.
+    Of a damaged file, what comes before the damage. ValueError if it holds NaN or Inf.
     """
     try:
         if start - sound.tell() > SEEK_SECONDS * sound.samplerate:
@@ -587,20 +600,20 @@ def decode(sound, start, count):
     except RuntimeError:  # beyond the end of a file that was cut
         return np.empty(0, np.float32)
     skip = start - sound.tell()
-    blocks = [np.empty(0, np.float32)]
     missing = skip + count
+    parts = [np.empty(0, np.float32)]
     while missing > 0:
+        wanted = min(missing, 60 * sound.samplerate)
+        part = np.full((wanted, sound.channels), np.nan, np.float32)
         try:
-            block = sound.read(min(missing, sound.samplerate), dtype="float32")
-        except RuntimeError:
+            decoded = len(sound.read(out=part))
+        except RuntimeError:  # what was decoded before the damage is in `part`
+            decoded = np.isfinite(part[:, 0]).sum()
+        parts.append(part[:decoded].mean(axis=1) if sound.channels > 1 else part[:decoded, 0])
+        missing -= decoded
+        if decoded < wanted:
             break
-        if len(block) == 0:
-            break
-        missing -= len(block)
-        if sound.channels > 1:
-            block = block.mean(axis=1)
-        blocks.append(block)
-    waveform = np.concatenate(blocks)[skip:]
+    waveform = np.concatenate(parts)[skip:]
     if not np.isfinite(waveform).all():
         raise ValueError("holds NaN or Inf")
     return waveform

@@ -306,8 +306,8 @@ class Probe(nn.Module):
 def train_probe(tokens, attentive, labels, classes, train, valid, test):
     """Train a Probe on frozen tokens, a tensor [L, K] for each clip -> accuracy on `test`.
 
-    As X-ARES: 10 epochs of Adam, batch 32, the rate on a cosine from 1e-3 to a tenth. What counts is
-    the epoch that is best on `valid`, or on a tenth of `train` if there is no `valid`.
+    As X-ARES: 10 epochs of Adam, batch 32, the rate on a cosine from 1e-3 to a tenth. What counts
+    is the epoch that is best on `valid`, or on a tenth of `train` if there is no `valid`.
     """
     if len(valid) == 0:
         is_valid = deal(labels[train], 10) == 0

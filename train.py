@@ -263,7 +263,10 @@ def main(argv: list[str] | None = None) -> None:
             progress = Progress()
             if is_first:
                 print("measuring mean and std of the log-mel on the first 256 clips", flush=True)
-            log_mel.mean, log_mel.std = measure_mean_std(clips, log_mel, device, args.workers)
+            try:
+                log_mel.mean, log_mel.std = measure_mean_std(clips, log_mel, device, args.workers)
+            except ValueError as error:
+                fail(error)
         if is_first:
             print(describe(run, clips, processes, progress))
             cut_log(out / "log.csv", progress.step)
@@ -334,17 +337,20 @@ def main(argv: list[str] | None = None) -> None:
 
 
 @torch.no_grad()
-def monitors(pooled: torch.Tensor) -> dict[str, float]:
-    """Numbers that change when clips become alike. pooled [B, D]: the mean target of each clip.
+def monitors(targets: torch.Tensor) -> dict[str, float]:
+    """Numbers that tell a collapse, over the targets [B, N, D] of all processes.
 
+    token_std: std over the tokens of a clip, mean over clips and features; 0 if the tokens of a
+    clip are alike. The others look at the pooled targets, the mean token of each clip:
     target_std: std over the clips, mean over the features; 0 if all clips are alike.
     effective_rank: how many directions they use, exp of the entropy of the singular values
     (RankMe); at most min(B - 1, D).
     mean_cosine: between two different clips; 1 if all point the same way.
     """
+    token_std = mean_over_processes(targets.std(1, correction=0).mean()).item()
+    pooled = gather_from_processes(targets.mean(1)).cpu().double()
     if not pooled.isfinite().all():
-        return {"target_std": math.nan, "effective_rank": math.nan, "mean_cosine": math.nan}
-    pooled = pooled.cpu().double()
+        pooled = torch.zeros_like(pooled)  # of a step that was skipped
     clips = len(pooled)
     singular = torch.linalg.svdvals(pooled - pooled.mean(0))
     singular = singular[singular > 1e-6 * pooled.norm()]  # the rest is rounding
@@ -352,6 +358,7 @@ def monitors(pooled: torch.Tensor) -> dict[str, float]:
     # All pairs of unit vectors: the square of their sum, without each clip paired with itself.
     pairs = F.normalize(pooled).sum(0).square().sum().item() - clips
     return {
+        "token_std": token_std,
         "target_std": pooled.std(0, correction=0).mean().item(),
         "effective_rank": math.exp(entropy),
         "mean_cosine": pairs / max(clips * (clips - 1), 1),
@@ -384,7 +391,6 @@ def log_row(run, progress, result, loss, num_clips):
     step = progress.step - 1
     steps = progress.step - progress.first_step
     seconds = progress.seconds - progress.first_second
-    token_std = result.targets.std(1, correction=0).mean()  # 0 if the tokens of a clip are alike
     return {
         "step": progress.step,
         "epoch": progress.step * args.batch_size / num_clips,
@@ -395,8 +401,7 @@ def log_row(run, progress, result, loss, num_clips):
         "ema_decay": ema_decay(step, args.steps, args.ema),
         "masked": result.target_idx.shape[1],
         "grad_norm": result.grad_norm,
-        "token_std": mean_over_processes(token_std).item(),
-        **monitors(gather_from_processes(result.targets.mean(1))),
+        **monitors(result.targets),
         "clips_per_s": steps * args.batch_size / seconds,
         "data_wait": progress.waited / seconds,
         "memory_gib": memory_gib(run.device),
@@ -865,7 +870,9 @@ def check(parser, args):
     if not 0 < low <= high < 1:
         parser.error(f"--mask-ratio {low} {high}: 0 < LO <= HI < 1 is needed")
     if args.warmup >= args.steps:
-        parser.error(f"--warmup {args.warmup} must be less than --steps {args.steps}")
+        shorter = args.steps // 10
+        print(f"--warmup {args.warmup} is not below --steps {args.steps}: cut to {shorter}")
+        args.warmup = shorter
     if args.clip_seconds <= 0 or args.clip_seconds % 0.625 != 0:
         below = args.clip_seconds // 0.625 * 0.625
         nearest = f"{max(below, 0.625)} or {below + 0.625}"
