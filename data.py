@@ -250,6 +250,8 @@ class PackedFrames(Recordings):
         if packed_rate != sample_rate:
             raise ValueError(f"{folder}: packed at {packed_rate} Hz, not at {sample_rate}")
         super().__init__(folder, np.load(os.path.join(folder, "index.npy"), mmap_mode="r"))
+        if len(self) == 0:
+            raise ValueError(f"{folder}: none of its recordings could be packed")
 
     def window(self, i, length, rng):
         _, shard, first, count = self.entries[i].split(b"\0")
@@ -676,7 +678,11 @@ class EachRecording(Dataset):
 def in_workers(work, files, indices):
     """Yield work(files, i) of many recordings, in order, from as many workers as we have cores."""
     return DataLoader(
-        EachRecording(files, work), batch_size=None, sampler=indices, num_workers=usable_cores()
+        EachRecording(files, work),
+        batch_size=None,
+        sampler=indices,
+        num_workers=usable_cores(),
+        collate_fn=tuple,  # the answer as it is: else its arrays would become tensors
     )
 
 

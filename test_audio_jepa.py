@@ -15,14 +15,15 @@ import csv
 import itertools
 import math
 import os
+import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,9 @@ import pytest
 import soundfile
 import torch
 import torch.nn.functional as F
+from torch.utils.data import DataLoader
+from torch.utils.data import Subset
+from torchaudio.compliance import kaldi
 
 import data
 import extract
@@ -515,7 +519,540 @@ def test_ema_covers_buffers_and_refuses_other_names():
 
 
 # ================================================================================================
-# data.py
+# data.py: helpers
+
+FORMATS = [  # suffix, and the names that libsndfile has for it
+    ("wav", "WAV", "PCM_U8"),
+    ("wav", "WAV", "PCM_24"),
+    ("wav", "WAV", "FLOAT"),
+    ("flac", "FLAC", "PCM_16"),
+    ("ogg", "OGG", "VORBIS"),
+    ("opus", "OGG", "OPUS"),
+    ("mp3", "MP3", "MPEG_LAYER_III"),
+    ("aiff", "AIFF", "PCM_16"),
+]
+
+
+def write_level(path, level, seconds=10.0):
+    """A wav file of one number, so that a clip shows which recordings are in it."""
+    soundfile.write(path, np.full(int(seconds * 32000), level), 32000, subtype="FLOAT")
+
+
+def write_ramp(path, samples):
+    """A file that rises from -0.9 to 0.9, so that a window shows where it was taken."""
+    soundfile.write(path, np.linspace(-0.9, 0.9, samples), 8000, subtype="PCM_24")
+
+
+def break_file(path, how="text"):
+    """Something that is named like audio and cannot be used."""
+    waveform = noise(3)
+    if how == "empty":
+        path.write_bytes(b"")
+    elif how == "text":
+        path.write_text("this is no audio\n" * 100)
+    elif how == "no samples":
+        soundfile.write(path, waveform[:0], 32000)
+    elif how == "dangling link":
+        path.symlink_to(path.with_suffix(".gone"))
+    else:  # "nan" or "inf"
+        waveform[::1000] = float(how)
+        soundfile.write(path, waveform, 32000, subtype="FLOAT")
+
+
+def pack(folder, out):
+    """python data.py pack folder out -> the clips of what was packed."""
+    data.pack(data.AudioClips(folder).source, out)
+    return data.AudioClips(out)
+
+
+# ================================================================================================
+# data.py: the log-mel
+
+
+@pytest.mark.parametrize("rate, mels", [(32000, 128), (16000, 80), (48000, 64)])
+def test_the_log_mel_is_kaldis(rate, mels):
+    sounds = [noise(10, rate), tone(10, rate) + 0.2, np.zeros(10 * rate, np.float32)]
+    waveforms = torch.from_numpy(np.stack(sounds))
+    hop = rate * 10 / 256
+    options = {
+        "sample_frequency": rate,
+        "num_mel_bins": mels,
+        "frame_shift": 1000 * hop / rate,
+        "frame_length": 1000 * int(2.5 * hop) / rate,
+        "window_type": "hanning",
+        "snip_edges": False,
+        "dither": 0.0,
+    }
+    wanted = torch.stack([kaldi.fbank(row.unsqueeze(0), **options) for row in waveforms])
+    ours = data.LogMel(rate, mel_bins=mels)(waveforms)
+    assert ours.shape == (3, 1, 256, mels)
+    assert (ours.squeeze(1) - wanted).abs().max() < 1e-3
+
+
+def test_the_log_mel_of_a_clip_does_not_depend_on_its_company():
+    log_mel = data.LogMel()
+    clips = torch.from_numpy(np.stack([noise(10), tone(10), 3 * noise(10, seed=1)]))
+    alone = [log_mel(clip.unsqueeze(0)) for clip in clips]
+    assert torch.allclose(log_mel(clips), torch.cat(alone), atol=1e-6)
+
+
+def test_the_log_mel_of_silence_is_finite():
+    frames = data.LogMel()(torch.zeros(1, 320000))
+    assert torch.allclose(frames, torch.tensor(math.log(data.FLOOR)))
+
+
+@pytest.mark.parametrize("rate", [16000, 32000, 48000])
+def test_no_mel_filter_is_empty(rate):
+    frames = data.LogMel(rate)(torch.from_numpy(noise(10, rate)).unsqueeze(0))
+    assert (frames > math.log(data.FLOOR)).all()
+
+
+def test_a_log_mel_is_normalised_by_mean_and_std():
+    waveform = torch.from_numpy(noise(10)).unsqueeze(0)
+    normalised = data.LogMel(mean=-5.0, std=2.0)(waveform)
+    assert torch.allclose(normalised, (data.LogMel()(waveform) + 5) / 2, atol=1e-5)
+
+
+def test_packed_frames_are_only_normalised():
+    frames = torch.randn(2, 256, 128).half()
+    normalised = data.LogMel(mean=-5.0, std=2.0)(frames)
+    assert torch.equal(normalised, (frames.float().unsqueeze(1) + 5) / 2)
+
+
+@pytest.mark.parametrize("patches", [1, 2, 8, 48])
+def test_a_patch_of_16_frames_is_625_ms_at_every_clip_length(patches):
+    seconds = patches * 0.625
+    log_mel = data.LogMel(clip_seconds=seconds, time_bins=round(seconds * data.FRAMES_PER_SECOND))
+    frames = log_mel(torch.zeros(1, round(seconds * 32000)))
+    assert frames.shape == (1, 1, patches * 16, 128)
+
+
+def test_a_hop_that_is_not_a_whole_number_of_samples_is_refused():
+    with pytest.raises(ValueError, match="44100 Hz"):
+        data.LogMel(44100)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_leaves_the_log_mel_in_fp32(dtype):
+    log_mel = data.LogMel()
+    waveform = torch.from_numpy(noise(10)).unsqueeze(0)
+    with torch.autocast("cpu", dtype):
+        frames = log_mel(waveform)
+    assert frames.dtype == torch.float32
+    assert torch.equal(frames, log_mel(waveform))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_casting_a_network_leaves_its_log_mel_in_fp32(dtype):
+    network = torch.nn.Sequential(data.LogMel())
+    waveform = torch.from_numpy(noise(10)).unsqueeze(0)
+    before = network(waveform)
+    after = network.to(dtype)(waveform)
+    assert after.dtype == torch.float32
+    assert torch.equal(after, before)
+
+
+def test_the_measured_mean_and_std_normalise_the_set():
+    clips = data.SyntheticClips(16000, clip_seconds=0.625, num_clips=256)
+    log_mel = data.LogMel(16000, clip_seconds=0.625, time_bins=16)
+    mean, std = data.measure_mean_std(clips, log_mel, "cpu", workers=0)
+    log_mel.mean = mean
+    log_mel.std = std
+    normalised = log_mel(torch.stack(list(clips)))
+    assert normalised.mean().item() == pytest.approx(0, abs=1e-4)
+    assert normalised.std().item() == pytest.approx(1, abs=1e-4)
+
+
+def test_a_set_without_sound_has_no_mean_and_std(tmp_path):
+    break_file(tmp_path / "bad.wav")
+    with pytest.raises(ValueError, match="none of the first 256 clips"):
+        data.measure_mean_std(data.AudioClips(tmp_path), data.LogMel(), "cpu", workers=0)
+
+
+# ================================================================================================
+# data.py: which recordings there are
+
+
+@pytest.mark.parametrize("layout", ["list.txt", "list.csv", "list.tsv", "shards"])
+def test_every_layout_gives_the_recordings_of_the_folder(tmp_path, layout):
+    folder = corpus(tmp_path / "a" / "deep", 5)
+    names = [f"a/deep/{i:03d}.wav" for i in range(5)]
+    (tmp_path / "list.txt").write_text("\n".join(names) + "\n\n")
+    (tmp_path / "list.csv").write_text("path,label\n" + ",bird\n".join(names))
+    (tmp_path / "list.tsv").write_text("\tbird\n".join(names))
+    (tmp_path / "shards").mkdir()
+    for shard, numbers in enumerate([range(2), range(2, 5)]):
+        with tarfile.open(tmp_path / "shards" / f"{shard}.tar", "w") as tar:
+            for i in numbers:
+                tar.add(folder / f"{i:03d}.wav", f"{i:03d}.wav")
+    wanted = data.AudioClips(tmp_path / "a", clip_seconds=1.25)
+    clips = data.AudioClips(tmp_path / layout, clip_seconds=1.25)
+    assert len(clips) == 5
+    for i in range(5):
+        assert clips.source.name(i).endswith(f"{i:03d}.wav")
+        assert torch.equal(clips[i], wanted[i])
+
+
+def test_links_to_folders_are_followed_to_each_folder_once(tmp_path):
+    folder = corpus(tmp_path / "elsewhere", 2)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a").symlink_to(folder)
+    (tmp_path / "set" / "b").symlink_to(folder)
+    (folder / "again").symlink_to(folder)
+    assert data.find_recordings(tmp_path / "set").tolist() == [b"a/000.wav", b"a/001.wav"]
+
+
+def test_hidden_files_are_not_audio(tmp_path):
+    (tmp_path / ".git").mkdir()
+    for name in ("seen.wav", "._seen.wav", ".git/x.wav"):
+        write_level(tmp_path / name, 0.5)
+    assert data.find_recordings(tmp_path).tolist() == [b"seen.wav"]
+
+
+def test_the_index_is_one_flat_array_of_bytes_and_sorted(tmp_path):
+    (tmp_path / "b").mkdir()
+    for name in ("c.wav", "b/b.wav", "a.wav"):
+        write_level(tmp_path / name, 0.5)
+    index = data.find_recordings(tmp_path)
+    assert index.dtype.kind == "S"
+    assert index.tolist() == [b"a.wav", b"b/b.wav", b"c.wav"]
+
+
+def test_odd_names_are_read_and_printed_on_one_line(tmp_path):
+    names = [b"with space.wav", b"new\nline.wav", b"not utf8 \xff.wav", "ümlaut.wav".encode()]
+    for i, name in enumerate(names):
+        write_level(tmp_path / "x.wav", (i + 1) / 8)
+        os.rename(tmp_path / "x.wav", os.path.join(os.fsencode(tmp_path), name))
+    clips = data.AudioClips(tmp_path)
+    printed = {data.printable(clips.source.name(i)) for i in range(4)}
+    assert {clip[0].item() for clip in clips} == {1 / 8, 2 / 8, 3 / 8, 4 / 8}
+    assert printed == {"with space.wav", "new\\nline.wav", "not utf8 \\udcff.wav", "ümlaut.wav"}
+
+
+@pytest.mark.parametrize("name", ["missing.txt", "empty", "list.txt", "packed"])
+def test_a_path_without_recordings_is_named(tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "list.txt").write_text("list.txt\n")
+    packed(tmp_path / "packed", np.zeros((0, 128)), places=[])
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / name}: ")):
+        data.AudioClips(tmp_path / name)
+
+
+def test_a_list_names_a_file_that_is_missing(tmp_path):
+    write_level(tmp_path / "x.wav", 0.5)
+    (tmp_path / "list.txt").write_text("x.wav\ngone.wav\n")
+    with pytest.raises(ValueError, match="list.txt: 1 of its 2 files do not exist, as gone.wav"):
+        data.AudioClips(tmp_path / "list.txt")
+
+
+# ================================================================================================
+# data.py: decoding
+
+
+@pytest.mark.parametrize("suffix, container, subtype", FORMATS)
+def test_every_format_is_read_and_its_channels_averaged(tmp_path, suffix, container, subtype):
+    left = tone(2, 48000)
+    stereo = np.stack([left, left / 2], axis=1)
+    soundfile.write(tmp_path / f"x.{suffix}", stereo, 48000, subtype, format=container)
+    clip = data.AudioClips(tmp_path, 48000, clip_seconds=1.0).read(0, 0).clip
+    assert np.abs(np.fft.rfft(clip)).argmax() == 440
+    assert clip.std() == pytest.approx(0.75 * left.std(), rel=0.02)
+
+
+@pytest.mark.parametrize("rate", [5000, 8000, 22050, 44100, 48000, 44099])
+def test_resampling_keeps_pitch_and_length(rate):
+    waveform = data.resample(tone(2, rate), rate, 32000)
+    middle = slice(2000, 62000)
+    assert len(waveform) == pytest.approx(64000, abs=1)
+    assert np.abs(waveform[middle] - tone(2)[middle]).max() < 0.01
+
+
+@pytest.mark.parametrize("suffix, container, subtype", FORMATS)
+def test_of_a_file_that_ends_early_all_that_is_there_is_used(tmp_path, suffix, container, subtype):
+    path = tmp_path / f"x.{suffix}"
+    soundfile.write(path, noise(20, 48000), 48000, subtype, format=container)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    clips = data.AudioClips(tmp_path, 48000, clip_seconds=5.0)
+    for epoch in range(8):
+        clip, reads, bad = clips.read(epoch, 0)
+        assert reads == 1
+        assert bad == []
+        assert clip[-4800:].std() > 0.05
+    samples = sum(len(window) for window in clips.source.windows(0, 48000))
+    assert 8 < samples / 48000 < 12
+
+
+def test_a_flac_of_unknown_length_is_read_to_its_end(tmp_path):
+    write_ramp(tmp_path / "x.flac", 40 * 8000)
+    content = bytearray((tmp_path / "x.flac").read_bytes())
+    content[21] &= 0xF0  # the number of samples has 36 bits: 0 is what a stream says
+    content[22:26] = bytes(4)
+    (tmp_path / "x.flac").write_bytes(content)
+    files = data.AudioClips(tmp_path, 8000).source
+    starts = [files.window(0, 40000, random.Random(seed))[0] for seed in range(40)]
+    assert min(starts) < -0.75
+    assert 0.6 < max(starts) < 0.68  # 5 s before the end it is 0.675
+    assert sum(len(window) for window in files.windows(0, 40000)) == 40 * 8000
+
+
+@pytest.mark.parametrize("tag", [b"", b"ID3\3\0\0\0\x10\0\0" + bytes(2**18)])  # a cover picture
+def test_an_mp3_whose_length_can_only_be_guessed_is_read_to_its_end(tmp_path, tag):
+    path = tmp_path / "x.mp3"
+    soundfile.write(path, noise(20, 48000), 48000, bitrate_mode="CONSTANT", compression_level=0.5)
+    content = path.read_bytes()
+    second_frame = content.index(content[:4], 4)  # all have one header; the first tells the length
+    path.write_bytes(tag + content[second_frame:])
+    files = data.AudioClips(tmp_path, 48000).source
+    for seed in range(10):
+        assert len(files.window(0, 480000, random.Random(seed))) == 480000
+    samples = sum(len(window) for window in files.windows(0, 480000))
+    assert samples / 48000 == pytest.approx(20, abs=0.1)
+
+
+# ================================================================================================
+# data.py: clips
+
+
+@pytest.mark.parametrize("kind", ["files", "synthetic"])
+def test_a_clip_is_a_pure_function_of_seed_epoch_and_number(tmp_path, kind):
+    def make(seed):
+        if kind == "files":
+            return data.AudioClips(tmp_path / "c", clip_seconds=1.25, seed=seed)
+        return data.SyntheticClips(clip_seconds=1.25, seed=seed)
+
+    corpus(tmp_path / "c")
+    clip = make(seed=7).read(3, 2).clip
+    clips = make(seed=7)
+    clips.read(4, 5)  # what was read before does not matter
+    assert np.array_equal(clips.read(3, 2).clip, clip)
+    assert not np.array_equal(clips.read(4, 2).clip, clip)
+    assert not np.array_equal(clips.read(3, 1).clip, clip)
+    assert not np.array_equal(make(seed=8).read(3, 2).clip, clip)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_any_data_loader_takes_clips_and_subsets_of_them(tmp_path, workers):
+    clips = data.AudioClips(corpus(tmp_path / "c", 5), clip_seconds=2.5)
+    loader = DataLoader(Subset(clips, [3, 1]), batch_size=2, num_workers=workers)
+    (batch,) = loader
+    assert torch.equal(batch, torch.stack([clips[3], clips[1]]))
+
+
+def test_iterating_over_clips_ends():
+    clips = data.SyntheticClips(clip_seconds=1.25, num_clips=3)
+    assert len(list(itertools.islice(clips, 10))) == 3
+
+
+@pytest.mark.parametrize("kind", ["files", "packed"])
+def test_a_clip_is_the_readers_own_to_change(tmp_path, kind):
+    clips = data.AudioClips(corpus(tmp_path / "c", 1, seconds=10))
+    if kind == "packed":
+        clips = data.AudioClips(packed(tmp_path / "p", np.ones((256, 128))))
+    clip = clips[0]
+    before = clip.clone()
+    clip.zero_()
+    assert torch.equal(clips[0], before)
+
+
+def test_windows_of_a_recording_reach_its_start_and_its_end(tmp_path):
+    write_ramp(tmp_path / "x.wav", 5003)
+    files = data.AudioClips(tmp_path, 8000).source
+    starts = {files.window(0, 5000, random.Random(seed))[0] for seed in range(50)}
+    ramp, _ = soundfile.read(tmp_path / "x.wav", dtype="float32")
+    assert starts == set(ramp[:4])
+
+
+def test_windows_of_packed_frames_stay_within_their_recording(tmp_path):
+    frames = np.arange(64).reshape(64, 1).repeat(128, axis=1)
+    source = data.AudioClips(packed(tmp_path, frames, places=[0, 32], length=32)).source
+    starts = {source.window(0, 29, random.Random(seed))[0, 0] for seed in range(50)}
+    assert starts == {0, 1, 2, 3}
+    assert (source.window(0, 100, random.Random(0)) == frames[:32]).all()
+
+
+def test_a_long_recording_gives_another_window_in_each_epoch(tmp_path):
+    write_ramp(tmp_path / "x.wav", 90 * 8000)
+    clips = data.AudioClips(tmp_path, 8000)
+    starts = set()
+    for epoch in range(20):
+        clips.set_epoch(epoch)
+        starts.add(clips[0][0].item())
+        assert clips[0][-1] - clips[0][0] == pytest.approx(0.2, abs=1e-4)  # 10 of 90 s in one piece
+    assert len(starts) == 20
+
+
+def test_a_short_recording_is_filled_up_with_others(tmp_path):
+    for i, level in enumerate([0.25, 0.5, 0.75]):
+        write_level(tmp_path / f"{i}.wav", level, seconds=3)
+    clip = data.AudioClips(tmp_path)[1]
+    assert clip.shape == (320000,)
+    assert (clip[:96000] == 0.5).all()
+    assert (clip > 0).all()
+    assert (clip != 0.5).any()
+
+
+@pytest.mark.parametrize("seconds, silent", [(9.3, 0.0), (9.5, 0.5)])
+def test_only_a_rest_shorter_than_a_patch_stays_silent(tmp_path, seconds, silent):
+    write_level(tmp_path / "x.wav", 0.5, seconds)
+    clip = data.AudioClips(tmp_path)[0]
+    assert clip.shape == (320000,)
+    assert (clip == 0).sum() == silent * 32000
+
+
+def test_the_rest_of_a_packed_clip_is_the_log_mel_of_silence(tmp_path):
+    clip = data.AudioClips(packed(tmp_path, np.ones((250, 128))))[0]
+    assert (clip[:250] == 1).all()
+    assert torch.allclose(clip[250:].float(), data.LogMel()(torch.zeros(1, 7500)), atol=0.01)
+
+
+def test_a_set_of_clicks_ends(tmp_path):
+    soundfile.write(tmp_path / "click.wav", np.ones(1), 32000)
+    clip, reads, _ = data.AudioClips(tmp_path).read(0, 0)
+    assert clip.shape == (320000,)
+    assert reads <= 100
+
+
+@pytest.mark.parametrize("how", ["empty", "text", "no samples", "nan", "inf", "dangling link"])
+def test_a_bad_recording_is_replaced_and_reported(tmp_path, how):
+    break_file(tmp_path / "a bad.wav", how)
+    write_level(tmp_path / "good.wav", 0.5)
+    clip, reads, bad = data.AudioClips(tmp_path).read(0, 0)
+    assert (clip == 0.5).all()
+    assert reads == len(bad) + 1
+    name, reason = bad[0]
+    assert name == "a bad.wav"
+    assert reason != ""
+
+
+def test_ten_bad_recordings_in_a_row_are_no_clip(tmp_path):
+    break_file(tmp_path / "x.wav", "nan")
+    clips = data.AudioClips(tmp_path)
+    clip, reads, bad = clips.read(0, 0)
+    assert clip is None
+    assert reads == len(bad) == 10
+    with pytest.raises(RuntimeError, match="10 recordings in a row .* x.wav: holds NaN"):
+        clips[0]
+
+
+def test_synthetic_clips_are_worth_learning_from():
+    clips = data.SyntheticClips(num_clips=8)
+    frames = data.LogMel().frames(torch.stack(list(clips)))  # [B, T, F]
+    assert frames.std(dim=1).mean() > 1  # they change in time
+    assert frames.std(dim=2).mean() > 1  # and in frequency
+    assert frames.mean(dim=(1, 2)).std() > 0.1  # and from clip to clip
+
+
+# ================================================================================================
+# data.py: the order of clips, and their loader
+
+
+def test_processes_with_accumulation_read_every_clip_once_an_epoch():
+    read = []
+    for rank in range(2):
+        rows = train.rows_of_process(batch_size=12, accum=2, rank=rank, processes=2)
+        for batch in data.clip_order(30, 0, 12, range(10), rows):
+            assert len(batch) == 3
+            read += batch
+    assert sorted(read) == [(epoch, i) for epoch in range(4) for i in range(30)]
+
+
+def test_the_order_can_be_entered_at_any_step():
+    rows = train.rows_of_process(batch_size=12, accum=2, rank=0, processes=1)
+    whole = list(data.clip_order(30, 0, 12, range(10), rows))
+    late = list(data.clip_order(30, 0, 12, range(7, 10), rows))
+    assert late == whole[2 * 7 :]
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    orders = set()
+    for seed in range(2):
+        for batch in data.clip_order(30, seed, 30, range(2), [slice(0, 30)]):
+            orders.add(tuple(i for _, i in batch))
+    assert len(orders) == 4
+
+
+def test_batches_do_not_depend_on_the_number_of_workers(tmp_path):
+    folder = corpus(tmp_path / "c", 5)
+    break_file(folder / "bad.wav")
+    clips = data.AudioClips(folder, clip_seconds=2.5)
+    order = list(data.clip_order(6, 0, 4, range(3), [slice(0, 2), slice(2, 4)]))
+    without = list(data.clip_loader(clips, order, workers=0))
+    with_two = list(data.clip_loader(clips, order, workers=2))
+    assert len(without) == len(with_two) == 6
+    for a, b in zip(without, with_two, strict=True):
+        assert torch.equal(a.clip, b.clip)
+        assert (a.reads, a.bad) == (b.reads, b.bad)
+    assert any(batch.bad for batch in without)
+
+
+# ================================================================================================
+# data.py: scan and pack
+
+
+def test_packing_keeps_the_log_mel(tmp_path):
+    clips = data.AudioClips(corpus(tmp_path / "c", 3, seconds=10))
+    packed_clips = pack(tmp_path / "c", tmp_path / "p")
+    for i in range(3):
+        wanted = data.LogMel()(clips[i].unsqueeze(0))[0, 0]
+        assert packed_clips.source.name(i) == clips.source.name(i)
+        assert (packed_clips[i] - wanted).abs().max() < 0.01
+
+
+def test_packing_keeps_all_frames_of_a_long_recording(tmp_path):
+    clips = pack(corpus(tmp_path / "c", 1, seconds=25), tmp_path / "p")
+    assert clips.source.window(0, 10**6, random.Random(0)).shape == (25 * 25.6, 128)
+
+
+def test_packing_that_was_interrupted_goes_on_where_it_was(tmp_path):
+    folder = corpus(tmp_path / "c", 2)
+    clip = pack(folder, tmp_path / "p")[1]
+    (tmp_path / "p" / "pack.json").unlink()  # it is written last
+    (shard,) = (tmp_path / "p").glob("*.f16")
+    os.utime(shard, (0, 0))
+    again = pack(folder, tmp_path / "p")
+    assert shard.stat().st_mtime == 0
+    assert torch.equal(again[1], clip)
+
+
+def test_a_shard_that_was_interrupted_is_packed_again(tmp_path):
+    folder = corpus(tmp_path / "c", 2)
+    clip = pack(folder, tmp_path / "p")[1]
+    (tmp_path / "p" / "pack.json").unlink()
+    (shard,) = (tmp_path / "p").glob("*.f16")
+    (tmp_path / "p" / f"index-{shard.name}.npy").unlink()
+    shard.write_bytes(b"half")
+    assert torch.equal(pack(folder, tmp_path / "p")[1], clip)
+
+
+def test_frames_of_another_sample_rate_are_refused(tmp_path):
+    packed(tmp_path / "p", np.ones((256, 128)))
+    with pytest.raises(ValueError, match="packed at 32000 Hz, not at 16000"):
+        data.AudioClips(tmp_path / "p", 16000)
+
+
+def test_scan_counts_and_writes_nothing(tmp_path):
+    folder = corpus(tmp_path / "c", 4)
+    soundfile.write(folder / "silent.flac", np.zeros((44100, 2)), 44100)
+    break_file(folder / "bad.wav")
+    before = sorted(tmp_path.rglob("*"))
+    done = run_python("data.py", "scan", folder)
+    assert done.returncode == 0
+    assert sorted(tmp_path.rglob("*")) == before
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    assert lines[0].startswith("bad.wav: ")
+    for line in ("6 recordings", "1 unreadable", "1 silent", "4 32000 Hz", "1 2 channels"):
+        assert line in lines
+
+
+@pytest.mark.parametrize("command", ["scan", "pack"])
+def test_what_is_packed_is_not_scanned_or_packed_again(tmp_path, command):
+    packed(tmp_path / "p", np.ones((256, 128)))
+    done = run_python("data.py", command, tmp_path / "p", tmp_path / "again")
+    assert done.returncode != 0
+    assert len(done.stderr.splitlines()) == 1
+    assert "packed already" in done.stderr
+    assert not (tmp_path / "again").exists()
 
 
 # ================================================================================================
