@@ -195,12 +195,16 @@ class AudioFiles(Recordings):
 
     def open(self, i: int) -> soundfile.SoundFile:
         name, *place = self.entries[i].split(b"\0")
-        if not place:
-            return soundfile.SoundFile(os.path.join(self.root, name))
-        shard, offset, size = place
-        with open(os.path.join(self.root, shard), "rb") as tar:
-            tar.seek(int(offset))
-            return soundfile.SoundFile(io.BytesIO(tar.read(int(size))))
+        file = os.path.join(self.root, name)
+        if place:
+            shard, offset, size = place
+            with open(os.path.join(self.root, shard), "rb") as tar:
+                tar.seek(int(offset))
+                file = io.BytesIO(tar.read(int(size)))
+        try:
+            return soundfile.SoundFile(file)
+        except soundfile.LibsndfileError as error:
+            raise ValueError(error.error_string) from None  # without the path, which is known
 
     def window(self, i, length, rng):
         with self.open(i) as sound:
@@ -499,7 +503,12 @@ def die_with_the_main_process():
 # The reading ends here. What follows finds and decodes audio.
 
 AUDIO = (b".wav", b".flac", b".ogg", b".oga", b".opus", b".mp3", b".aiff", b".aif")
+OTHER_AUDIO = (b".m4a", b".mp4", b".aac", b".wma", b".webm", b".mka", b".amr")
 SEEK_SECONDS = 30  # a shorter way we decode, which is exact in every format, and often faster
+WANTED = (
+    f"wanted is a folder, a list or a .tar of {b' '.join(AUDIO).decode()}; a list is a .txt with a "
+    "path a line, a .csv or .tsv with paths in its first column, or fairseq's .tsv"
+)
 
 
 def find_recordings(path: str | os.PathLike) -> np.ndarray:
@@ -507,27 +516,33 @@ def find_recordings(path: str | os.PathLike) -> np.ndarray:
 
     An entry is a path relative to the folder, or, for a member of a tar, its name, the shard, the
     offset and the size, joined by zero bytes. It is one flat array, as a list of two million
-    strings would be copied into every worker. ValueError says what is missing.
+    strings would be copied into every worker. ValueError says what is wrong with the path.
     """
     path = os.fsencode(path)
     if not os.path.exists(path):
         raise ValueError(f"{printable(path)}: does not exist")
     root = os.path.dirname(path)
     names = [os.path.basename(path)]
+    is_list = path.lower().endswith((b".txt", b".csv", b".tsv"))
     if os.path.isdir(path):
         root = path
         names = walk(path)
-    elif path.lower().endswith((b".txt", b".csv", b".tsv")):
+    elif is_list:
         names = read_list(path)
     entries = []
+    left_out = Counter()
     for name in names:
-        if name.lower().endswith(AUDIO):
-            entries.append(name)
-        elif name.lower().endswith(b".tar"):
+        ending = os.path.splitext(name)[1].lower()
+        if ending == b".tar":
             entries += tar_members(root, name)
+        elif ending in AUDIO or is_list:  # who lists a file means it
+            entries.append(name)
+        elif ending in OTHER_AUDIO:
+            left_out[ending.decode()] += 1
+    if left_out:
+        warn(f"{printable(path)}: left out are {dict(left_out)}, which ffmpeg can convert")
     if not entries:
-        endings = b" ".join(AUDIO).decode()
-        raise ValueError(f"{printable(path)}: no audio found ({endings}, or .tar of these)")
+        raise ValueError(f"{printable(path)}: no audio found; {WANTED}")
     return np.sort(np.array(entries))
 
 
@@ -549,22 +564,26 @@ def walk(root):
 
 
 def read_list(path):
-    """The paths in a list: one a line, or the first column of a .csv or .tsv, with or without a
-    header. They are relative to the list. ValueError if files are missing."""
+    """The paths in a list, relative to its folder. ValueError: files are missing."""
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         if path.lower().endswith(b".txt"):
             names = file.read().splitlines()
         else:
             delimiter = "," if path.lower().endswith(b".csv") else "\t"
             names = [row[0] for row in csv.reader(file, delimiter=delimiter) if row]
-            if names and not os.fsencode(names[0]).lower().endswith((*AUDIO, b".tar")):
-                names = names[1:]  # the header
     names = [os.fsencode(name) for name in names if name.strip()]
     folder = os.path.dirname(path)
-    missing = [name for name in names if not os.path.exists(os.path.join(folder, name))]
+    if names and os.path.isdir(os.path.join(folder, names[0])):  # fairseq: a root, paths below it
+        names = [os.path.join(names[0], name) for name in names[1:]]
+    missing = [name for name in names if not os.path.isfile(os.path.join(folder, name))]
+    is_table = not path.lower().endswith(b".txt")
+    if is_table and missing and not names[0].lower().endswith((*AUDIO, b".tar")):
+        if missing[0] == names[0]:  # a header
+            missing = missing[1:]
+            names = names[1:]
     if missing:
         count = f"{len(missing)} of its {len(names)} files do not exist"
-        raise ValueError(f"{printable(path)}: {count}, as {printable(missing[0])}")
+        raise ValueError(f"{printable(path)}: {count}, as {printable(missing[0])}; {WANTED}")
     return names
 
 

@@ -732,7 +732,7 @@ def test_odd_names_are_read_and_printed_on_one_line(tmp_path):
 @pytest.mark.parametrize("name", ["missing.txt", "empty", "list.txt", "packed"])
 def test_a_path_without_recordings_is_named(tmp_path, name):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "list.txt").write_text("list.txt\n")
+    (tmp_path / "list.txt").write_text("\n")
     packed(tmp_path / "packed", np.zeros((0, 128)), places=[])
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path / name}: ")):
         data.AudioClips(tmp_path / name)
@@ -743,6 +743,46 @@ def test_a_list_names_a_file_that_is_missing(tmp_path):
     (tmp_path / "list.txt").write_text("x.wav\ngone.wav\n")
     with pytest.raises(ValueError, match="list.txt: 1 of its 2 files do not exist, as gone.wav"):
         data.AudioClips(tmp_path / "list.txt")
+
+
+def test_a_fairseq_manifest_is_a_list(tmp_path):
+    corpus(tmp_path / "audio", 2)
+    (tmp_path / "train.tsv").write_text(f"{tmp_path}/audio\n000.wav\t64000\n001.wav\t64000\n")
+    clips = data.AudioClips(tmp_path / "train.tsv", clip_seconds=1.25)
+    wanted = data.AudioClips(tmp_path / "audio", clip_seconds=1.25)
+    assert torch.equal(clips[1], wanted[1])
+
+
+def test_a_file_in_a_list_is_taken_whatever_its_ending(tmp_path):
+    write_level(tmp_path / "x.wav", 0.5)
+    os.rename(tmp_path / "x.wav", tmp_path / "x.wave")
+    (tmp_path / "list.txt").write_text("x.wave\n")
+    assert (data.AudioClips(tmp_path / "list.txt")[0] == 0.5).all()
+
+
+@pytest.mark.parametrize(
+    "name,content",
+    [
+        ("audioset.csv", "# Segments csv created Sun\n# num_ytids=1\n--aE2O5G5WE, 0.0, 10.0\n"),
+        ("wav.scp", "utt1 /data/utt1.wav\n"),
+        ("list.jsonl", '{"audio": "x.wav"}\n'),
+    ],
+)
+def test_a_list_of_another_kind_is_refused_and_told_what_is_wanted(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=f"{name}.*wanted is .* with a path a line"):
+        data.AudioClips(tmp_path / name)
+
+
+def test_sound_that_we_cannot_decode_is_not_passed_over_in_silence(tmp_path, capsys):
+    write_level(tmp_path / "x.wav", 0.5)
+    for name in ("a.m4a", "b.M4A", "c.webm", "notes.pdf"):
+        (tmp_path / name).write_bytes(b"x")
+    assert len(data.AudioClips(tmp_path)) == 1
+    warning = capsys.readouterr().err
+    assert "'.m4a': 2" in warning
+    assert "'.webm': 1" in warning
+    assert "pdf" not in warning
 
 
 # ================================================================================================
