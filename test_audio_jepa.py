@@ -1470,6 +1470,20 @@ def test_a_run_goes_on_with_the_recordings_that_it_began_with(tmp_path):
     assert checkpoint["step"] == 20
 
 
+def test_init_begins_with_the_weights_of_another_run(tmp_path, reference):
+    torch.save(reference[0], tmp_path / "other.pt")
+    flags = ["--steps", 2, "--warmup", 1, "--lr", 1e-6, "--seed", 5]
+    checkpoint, _ = pretrain(tmp_path / "out", *flags, "--init", tmp_path / "other.pt")
+    assert checkpoint["step"] == 2
+    assert same_weights(checkpoint, reference[0], tolerance=1e-4)
+
+
+def test_init_of_another_size_is_refused_in_one_line(tmp_path, capsys, reference):
+    torch.save(reference[0], tmp_path / "other.pt")
+    flags = [*TINY, "--out", tmp_path, "--init", tmp_path / "other.pt", "--model", "small"]
+    assert "--model small" in error_line(capsys, *flags)
+
+
 def test_whole_file_keeps_what_was_there_when_writing_fails(tmp_path):
     path = tmp_path / "last.pt"
     path.write_text("before")

@@ -208,6 +208,7 @@ def main(argv: list[str] | None = None) -> None:
             log_mel = LogMel(args.sample_rate, args.clip_seconds, config.time_bins).to(device)
             out.mkdir(parents=True, exist_ok=True)
             checkpoint = None if args.benchmark else find_checkpoint(out)
+            first_weights = read_first_weights(args, checkpoint)
             clips = open_clips(args, checkpoint)
         except (OSError, ValueError) as error:
             fail(error)
@@ -261,6 +262,7 @@ def main(argv: list[str] | None = None) -> None:
             progress = resume(run, checkpoint, settings)
         else:
             progress = Progress()
+            start_from(run, first_weights)
             if is_first:
                 print("measuring mean and std of the log-mel on the first 256 clips", flush=True)
             try:
@@ -456,6 +458,7 @@ MAY_CHANGE = (  # when a run is continued
     "save_every",
     "log_every",
     "benchmark",
+    "init",  # which only a new run reads
 )
 
 
@@ -543,6 +546,28 @@ def resume(run, checkpoint, settings):
     run.log_mel.mean = checkpoint["config"]["log_mel"]["mean"]
     run.log_mel.std = checkpoint["config"]["log_mel"]["std"]
     return Progress(**checkpoint["progress"])
+
+
+def read_first_weights(args, checkpoint):
+    """--init of a new run: the networks in a checkpoint, ours or the authors'."""
+    if args.init is None or checkpoint is not None:
+        return {}
+    from extract import read_encoder  # here, as extract.py imports this file
+
+    return read_encoder(args.init)
+
+
+def start_from(run, first_weights):
+    for name in ("context_encoder", "target_encoder", "predictor"):
+        if name in first_weights:
+            network = parts_of(run)[name]
+            positions = {
+                "pos_embed": network.pos_embed
+            }  # these follow from the length of our clips
+            try:
+                network.load_state_dict(first_weights[name] | positions)
+            except RuntimeError:
+                fail(f"--init {run.args.init} does not fit --model {run.args.model}")
 
 
 # ---- Data of a run
@@ -824,6 +849,7 @@ def parse_args(argv):
     add(
         "--out", metavar="DIR", default="runs/audio-jepa", help="log, checkpoints; goes on if there"
     )
+    add("--init", metavar="CHECKPOINT", help="begin with its weights (of train.py or the authors')")
     add("--model", choices=list(PRESETS), default="base", help="size of the networks")
     add("--steps", type=int, default=100000, help="optimizer steps of the whole run")
     add("--batch-size", type=int, default=256, help="clips in a step, of all processes together")
