@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Audio in, log-mel spectrograms out (sec. IV.A). How a batch comes about:
+"""Audio in, log-mel spectrograms out (sec. IV.A). How a batch travels from the disk to the loss:
 
-    clip_order says which clips a step is made of, for each process;
-    clip_loader reads them in worker processes. A clip is a window of one recording out of
-        AudioFiles, PackedFrames or SyntheticSounds, filled up with further recordings;
-    LogMel turns waveforms [B, samples] into spectrograms [B, 1, T, F], on the GPU if there is one.
+    clip_order                       which clips a step is made of, for each process
+    clip_loader, in its workers:
+        Clips.read                   one clip: a window, filled up with further recordings
+            AudioFiles.window        one window: open, decode, resample
+        collate                      a batch of waveforms, in shared memory
+    train_step, in train.py:
+        LogMel                       waveforms [B, samples] -> spectrograms [B, 1, T, F], on the GPU
+        VisionTransformer and JEPA   in model.py
 
 A recording is a file, or a member of a tar, of any length. A clip is what training sees: 10 s.
 
@@ -60,6 +64,7 @@ class LogMel(nn.Module):
 
     There is a frame every `hop` = sample_rate * clip_seconds / time_bins samples (1250, or 39 ms),
     seen through a window of 2.5 hops. ValueError if the hop is not a whole number of samples.
+    Another front end is a module with this output; train.py, extract.py and `pack` build it.
     """
 
     def __init__(
@@ -592,7 +597,7 @@ def tar_members(root, shard):
     try:
         with tarfile.open(os.path.join(root, shard), "r:") as tar:
             for member in tar:
-                name = os.fsencode(member.name)
+                name = os.fsencode(os.path.normpath(member.name))  # not ./name
                 if member.isfile() and name.lower().endswith(AUDIO):
                     place = (shard, b"%d" % member.offset_data, b"%d" % member.size)
                     yield b"\0".join([shard + b"/" + name, *place])
@@ -712,7 +717,7 @@ def usable_cores() -> int:
     return os.cpu_count()
 
 
-def describe(files, i):
+def look_at(files, i):
     """A recording, decoded to its end -> (seconds, sample rate, channels, peak)."""
     with files.open(i) as sound:
         waveform = decode(sound, 0, sound.frames)
@@ -723,7 +728,7 @@ def describe(files, i):
 def scan(files):
     """Print what a set holds."""
     counts = Counter(recordings=len(files))
-    for i, answer, reason in tqdm(in_workers(describe, files, range(len(files)))):
+    for i, answer, reason in tqdm(in_workers(look_at, files, range(len(files)))):
         if reason is None and answer[0] == 0:
             reason = "nothing in it can be decoded"
         if reason is not None:
@@ -800,16 +805,17 @@ def main():
     parser.add_argument("out", nargs="?", default="packed", help="folder that pack writes")
     parser.add_argument("--sample-rate", type=int, default=32000, help="of pack, in Hz")
     args = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know a name's letters
     try:
         files = AudioClips(args.path, args.sample_rate).source
         if isinstance(files, PackedFrames):
             raise ValueError(f"{args.path}: is packed already")
-    except UNREADABLE as error:
+        if args.command == "scan":
+            scan(files)
+        else:
+            pack(files, args.out)
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    if args.command == "scan":
-        scan(files)
-    else:
-        pack(files, args.out)
 
 
 if __name__ == "__main__":

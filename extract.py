@@ -45,7 +45,7 @@ from train import OneLineParser
 from train import choose_amp
 from train import choose_device
 from train import default_workers
-from train import fail
+from train import end_processes
 from train import launched_processes
 from train import load_checkpoint
 from train import start_processes
@@ -115,7 +115,7 @@ class AudioJEPAEncoder(nn.Module):
             shape = f"{waveform.dtype}, {list(waveform.shape)}"
             raise ValueError(f"a waveform of {shape}: it must be float and [B, T]")
         B, T = waveform.shape
-        waveform = waveform.to(self.log_mel.window)  # its device, and fp32
+        waveform = waveform.to(self.log_mel.window.device, torch.float32)
         windows = F.pad(waveform, (0, -T % self.window)).reshape(-1, self.window)
         rows = [self.rows(some) for some in windows.split(32)]  # 10 minutes must fit into memory
         rows = torch.cat(rows).view(B, -1, self.output_dim)
@@ -190,12 +190,16 @@ def embed(encoder, rows_of, keep_rows, files, args) -> dict[int, Embedding]:
         pin_memory=device.type == "cuda",
     )
     found = defaultdict(Embedding)
-    errors = {}
+    bad = []
     for recordings, waveform, samples, reasons in tqdm(loader, unit=" batches", disable=None):
         rows = rows_of(waveform.to(device)).cpu()  # [B, R, K]
         for b, i in enumerate(recordings.tolist()):
             if reasons[b] != "":
-                errors[i] = reasons[b]
+                line = printable(f"{files.name(i)}: {reasons[b]}")
+                if not args.skip_bad:
+                    raise ValueError(f"{line} (--skip-bad leaves such out)")
+                tqdm.write(f"left out: {line}", file=sys.stderr)
+                bad.append(i)
             with_sound = math.ceil(samples[b].item() * rows.shape[1] / encoder.window)
             embedding = found[i]
             embedding.samples += samples[b].item()
@@ -203,12 +207,8 @@ def embed(encoder, rows_of, keep_rows, files, args) -> dict[int, Embedding]:
             embedding.total = embedding.total + rows[b, :with_sound].sum(0)
             if keep_rows:
                 embedding.rows.append(rows[b, :with_sound].clone())
-    for i, reason in errors.items():
-        line = printable(f"{files.name(i)}: {reason}")
-        if not args.skip_bad:
-            raise ValueError(f"{line} (--skip-bad leaves such out)")
-        print(f"left out: {line}", file=sys.stderr)
-        del found[i]
+    for i in bad:
+        del found[i]  # what its windows before the bad one have given
     if processes.count > 1:
         of_each_process = [None] * processes.count
         dist.all_gather_object(of_each_process, found)
@@ -382,7 +382,7 @@ def read_task(args, names):
     )
     folders = [name.split("/")[:-1] for name in names]
     splits = [split_of(folder[0]) if folder else None for folder in folders]
-    has_splits = any(splits)
+    has_splits = None not in splits or {"train", "test"} <= set(splits)  # "train" may be a class
     if has_splits and "test" not in splits:
         splits = [
             "test" if split == "valid" else split for split in splits
@@ -412,6 +412,7 @@ def run_probes(args, encoder, files):
     """--probe: accuracies of this encoder, and of two baselines that it has to beat."""
     read_task(args, [files.name(i) for i in range(len(files))])  # may refuse: before the work
     torch.manual_seed(0)
+    encoder.bands = "concat"
     config = encoder.network.config
     untrained = copy.deepcopy(encoder)
     untrained.network = VisionTransformer(config).to(encoder.log_mel.window)
@@ -444,8 +445,8 @@ def run_probes(args, encoder, files):
         table[f"{view}, mean"] = accuracies(args.probe, pooled, tokens, labels, splits)
     train, valid, test = splits[0]
     about = {
-        "data": args.data,
-        "checkpoint": args.checkpoint,
+        "data": printable(args.data),
+        "checkpoint": printable(args.checkpoint),
         "step": encoder.step,
         "encoder": args.encoder,
         "train": len(train),
@@ -580,8 +581,10 @@ def parse_args(argv):
     if args.out and (args.json or args.folds):
         parser.error("--json and --folds go with --probe")
     for path in (args.out, args.json):
-        if path is not None and not os.path.isdir(os.path.dirname(path) or "."):
-            parser.error(f"{path}: no such folder")
+        if path is None:
+            continue
+        if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
+            parser.error(f"{path}: wanted is a file in a folder that exists")
     if args.probe and launched_processes().count > 1:
         parser.error("--probe runs in one process")
     return args
@@ -602,8 +605,10 @@ def main(argv: list[str] | None = None) -> None:
             run_probes(args, encoder, files)
         else:
             save_embeddings(args, encoder, files)
-    except UNREADABLE as error:
-        fail(error)
+        end_processes()
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)  # whichever process has met it
+        sys.exit(2)
 
 
 if __name__ == "__main__":

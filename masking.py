@@ -59,19 +59,19 @@ def block_mask(
     # Sizes. Area and aspect are two separate draws, so that large rectangles have all shapes.
     area = uniform(0.15, 0.20) * time * mel
     aspect = uniform(0.75, 1.5)
-    height = (area * aspect).sqrt().round().clamp(1, time)  # [B, R, 1], patches in time
-    width = (area / aspect).sqrt().round().clamp(1, mel)  # [B, R, 1], patches in mel
+    time_size = (area * aspect).sqrt().round().clamp(1, time)  # [B, R, 1], patches in time
+    mel_size = (area / aspect).sqrt().round().clamp(1, mel)  # [B, R, 1], patches in mel
 
     # Corners. The + 1 lets a rectangle end on the last row or column as well.
-    top = (uniform(0, 1) * (time - height + 1)).floor()
-    left = (uniform(0, 1) * (mel - width + 1)).floor()
+    t0 = (uniform(0, 1) * (time - time_size + 1)).floor()
+    f0 = (uniform(0, 1) * (mel - mel_size + 1)).floor()
 
     # Cover. For each patch, the number of the first rectangle that lies on it.
     patch = torch.arange(time * mel, device=device)
     t = patch // mel
     f = patch % mel
-    inside_time = (top <= t) & (t < top + height)  # [B, R, N]
-    inside_mel = (left <= f) & (f < left + width)
+    inside_time = (t0 <= t) & (t < t0 + time_size)  # [B, R, N]
+    inside_mel = (f0 <= f) & (f < f0 + mel_size)
     covers = inside_time & inside_mel
     first = covers.float().argmax(1)  # [B, N]
     first = torch.where(covers.any(1), first, num_rectangles)  # bare patches come last
@@ -85,14 +85,14 @@ def block_mask(
 MASKS = {"random": random_mask, "block": block_mask}
 
 
-def hide_lowest(order: torch.Tensor, num_masked: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mask the `num_masked` patches of lowest order [B, N] -> (context_idx, target_idx)."""
-    num_patches = order.shape[1]
+def hide_lowest(scores: torch.Tensor, num_masked: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mask the `num_masked` patches of lowest score [B, N] -> (context_idx, target_idx)."""
+    num_patches = scores.shape[1]
     if not 0 < num_masked < num_patches:
         raise ValueError(
             f"{num_masked} of {num_patches} patches masked: some must be, and some not"
         )
-    patches = order.argsort(dim=1)
+    patches = scores.argsort(dim=1)
     target_idx = patches[:, :num_masked].sort(dim=1).values
     context_idx = patches[:, num_masked:].sort(dim=1).values
     return context_idx, target_idx
@@ -112,9 +112,9 @@ def draw_masks(
     `mask` is one of the functions above. The masked share is drawn once a step from U(mask_ratio)
     (sec. IV.A), so that all clips of the batch have equally many masked patches.
 
-    The answer is a pure function of (seed, step): it needs no random state from the step before.
-    That is why a run that is continued, or split over processes, draws the same masks, and why no
-    random state is ever saved.
+    For given sizes the answer is a pure function of (seed, step): it needs no random state from the
+    step before. That is why a run that is continued, or split over processes, draws the same masks,
+    and why no random state is ever saved.
     """
     rng = random.Random(f"masks of seed {seed}, step {step}")  # hashed: near seeds share nothing
     num_patches = grid[0] * grid[1]
@@ -139,9 +139,7 @@ def update_ema(target: nn.Module, context: nn.Module, decay: float) -> None:
     than what bf16 can resolve, and a bf16 weight would never move.
     """
     context_state = context.state_dict()
-    target_state = (
-        target.state_dict()
-    )  # its tensors are the module's own, so that we can write to them
+    target_state = target.state_dict()  # these are the module's own tensors, not copies
     if target_state.keys() != context_state.keys():
         odd_ones = sorted(target_state.keys() ^ context_state.keys())
         raise ValueError(f"the two encoders differ in {odd_ones}")

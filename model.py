@@ -155,7 +155,7 @@ def init_weights(network: nn.Module) -> None:
     """Truncated normal of std 0.02, zero biases, unit norms.
 
     Each block adds to the residual stream twice. The two projections that write block i = 1, 2, ...
-    into it are divided by sqrt(2 i), so that the stream's variance does not grow with depth.
+    into it are divided by sqrt(2 i), so that its variance grows with log(depth), not with depth.
     """
     for module in network.modules():
         if isinstance(module, nn.Linear):
@@ -169,8 +169,8 @@ def init_weights(network: nn.Module) -> None:
 class VisionTransformer(nn.Module):
     """The encoder, context and target alike (sec. IV.B).
 
-    (spectrogram [B, 1, T, F], context_idx [B, C]) -> [B, C, D], of the patches named alone.
-    (spectrogram [B, 1, T, F]) -> [B, N, D], of the whole clip.
+    (spectrogram [B, 1, T, F]) -> [B, N, D], the whole clip.
+    (spectrogram [B, 1, T, F], context_idx [B, C]) -> [B, C, D], only these patches are encoded.
     ValueError: a spectrogram of another size than the config's.
     """
 
@@ -249,7 +249,7 @@ class Predictor(nn.Module):
 # The losses take predictions and targets [B, M, D] and average over the masked tokens. Eq. (2) is a
 # squared distance: it sums over the width D, so that it starts near D. The other two do not sum:
 # smooth L1 is averaged over the width as in I-JEPA's code, and a cosine has no width. Their values
-# are D times smaller, which changes nothing: AdamW divides every gradient by its own size.
+# are D times smaller, which changes next to nothing: AdamW divides a gradient by its own size.
 
 
 def l2_loss(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -273,8 +273,8 @@ LOSSES = {"l2": l2_loss, "smooth_l1": smooth_l1_loss, "cosine": cosine_loss}
 def normalise_targets(targets: torch.Tensor) -> torch.Tensor:
     """Give each target token mean 0 and variance 1 over its features: [B, N, D] -> the same, fp32.
 
-    Why: the last LayerNorm of the encoder has a learned scale. Distances between un-normalised
-    targets could be made small by shrinking that scale, and the loss would fall for free.
+    Why: the last LayerNorm of the encoder has a learned scale. Shrinking it would bring all targets
+    close to 0, and a prediction of 0 close to them: the loss would fall for free.
     """
     return F.layer_norm(targets.float(), targets.shape[-1:])
 
@@ -298,7 +298,8 @@ class JEPA(nn.Module):
         predictions = self.predictor(context, context_idx, target_idx)  # [B, M, D], g_pred(c)
         # Stop-gradient: the targets are constants here. If the loss could move them as well, the
         # two encoders would meet where it costs least: every clip mapped to one constant, which is
-        # predicted without error and says nothing (collapse).
+        # predicted without error and says nothing (collapse). `train_step` runs the target encoder
+        # under no_grad, for the same end; `detach` holds whoever calls this.
         targets = normalise_targets(targets.detach())
         targets = gather_tokens(targets, target_idx)  # [B, M, D], f_tgt(x)_j for j in M
         return self.loss(predictions.float(), targets)
@@ -338,7 +339,7 @@ def gflops_per_clip(config: JEPAConfig, masked_share: float = 0.5) -> dict[str, 
 
 
 def count_millions(network: nn.Module) -> float:
-    """Numbers in a network, in millions, with the position table as the paper counts."""
+    """Parameters and buffers, in millions: the paper counts the position table as well."""
     return sum(tensor.numel() for tensor in network.state_dict().values()) / 1e6
 
 

@@ -12,11 +12,14 @@ extract.py  embeddings whatever the batching, probes, X-ARES, fine-tuning, the a
 
 import copy
 import csv
+import functools
 import itertools
+import json
 import math
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -25,6 +28,7 @@ import tarfile
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -58,6 +62,7 @@ SMALL = JEPAConfig(
     predictor_heads=2,
 )  # a grid of 4 x 3 patches
 torch.set_num_threads(1)  # networks this small gain nothing from more
+os.environ["OMP_NUM_THREADS"] = "1"  # nor in the processes that tests start
 
 
 # ================================================================================================
@@ -1367,8 +1372,7 @@ def test_a_run_that_was_stopped_ends_bit_for_bit_like_one_that_was_not(tmp_path,
 
 def test_a_run_that_was_killed_ends_bit_for_bit_like_one_that_was_not(tmp_path, reference):
     command = [sys.executable, "train.py", *TINY, "--save-every", "5", "--out", str(tmp_path)]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as in the process of the tests
-    with subprocess.Popen(command, cwd=HERE, stdout=subprocess.DEVNULL, env=one_thread) as process:
+    with subprocess.Popen(command, cwd=HERE, stdout=subprocess.DEVNULL) as process:
         wait_for_step(tmp_path, 12)
         process.kill()
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] % 5 == 0
@@ -1393,23 +1397,55 @@ def test_torchrun_restarts_a_run_whose_process_was_killed(tmp_path):
     assert column(log, "step") == list(range(1, 21))
 
 
+def start(out, *flags):
+    command = [sys.executable, "train.py", *TINY, *flags, "--out", str(out)]
+    return subprocess.Popen(
+        command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_ends_a_run_within_the_step(tmp_path, number):
-    command = [sys.executable, "train.py", *TINY, "--steps", "100000", "--workers", "2"]
-    command += ["--out", str(tmp_path)]
-    with subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True) as process:
+def test_a_signal_to_all_processes_ends_a_run_within_the_step(tmp_path, number):
+    with start(tmp_path, "--steps", "100000", "--workers", "2") as process:
         wait_for_step(tmp_path, 3)
-        process.send_signal(number)
+        workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+        for pid in [*workers.stdout.split(), process.pid]:  # as Slurm and Ctrl-C do
+            os.kill(int(pid), number)
         printed, _ = process.communicate(timeout=30)
     assert process.returncode == 0
     assert "of 100000 steps done" in printed
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] >= 3
 
 
+def test_a_second_signal_ends_a_run_that_hangs(tmp_path):
+    folder = corpus(tmp_path / "c", 2)
+    os.mkfifo(folder / "hangs.wav")  # reading it never returns
+    with start(tmp_path / "out", "--data", str(folder), "--workers", "1") as process:
+        assert "measuring" in process.stdout.readline()
+        process.send_signal(signal.SIGTERM)
+        time.sleep(5.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 128 + signal.SIGTERM
+    os.close(os.open(folder / "hangs.wav", os.O_WRONLY | os.O_NONBLOCK))  # lets its worker go
+
+
+def test_a_run_without_shared_memory_ends_and_says_what_helps(tmp_path):
+    def small_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+
+    command = [sys.executable, "train.py", *TINY, "--workers", "1", "--out", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=HERE, capture_output=True, text=True, timeout=60, preexec_fn=small_files
+    )
+    assert done.returncode == 1
+    last_line = done.stderr.strip().splitlines()[-1]
+    assert "--shm-size" in last_line
+    assert "--workers 0" in last_line
+
+
 def test_a_signal_while_the_data_is_measured_is_heard(tmp_path):
-    command = [sys.executable, "train.py", *TINY, "--clip-seconds", "10", "--batch-size", "2"]
-    command += ["--workers", "2", "--out", str(tmp_path)]
-    with subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True) as process:
+    with start(tmp_path, "--workers", "2") as process:
         assert "measuring" in process.stdout.readline()
         process.send_signal(signal.SIGINT)
         printed, _ = process.communicate(timeout=60)
@@ -1531,8 +1567,12 @@ def test_auto_precision_is_kept_when_a_run_is_continued(tmp_path):
     assert checkpoint["settings"]["amp"] == other
 
 
-def test_compiled_networks_train_like_eager_ones(tmp_path):
-    flags = ["--steps", "6", "--batch-size", "4", "--mask-ratio", "0.5", "0.5"]
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_networks_train_like_eager_ones(tmp_path, monkeypatch):
+    sizes = {"dim": 32, "heads": 2, "depth": 1}
+    sizes |= {"predictor_dim": 16, "predictor_heads": 2, "predictor_depth": 1}
+    monkeypatch.setitem(PRESETS, "tiny", JEPAConfig(**sizes))
+    flags = ["--steps", "3", "--batch-size", "4", "--mask-ratio", "0.5", "0.5"]
     _, eager = pretrain(tmp_path / "eager", *flags)
     checkpoint, compiled = pretrain(tmp_path / "compiled", *flags, "--compile")
     assert column(compiled, "loss") == pytest.approx(column(eager, "loss"), rel=1e-3)
@@ -1671,6 +1711,646 @@ def test_world_size_without_a_launcher_is_one_process(tmp_path, reference):
 
 # ================================================================================================
 # extract.py
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The paper's windows and patches, two encoders that differ, in a format that has to stay."""
+    torch.manual_seed(0)
+    sizes = {"time_bins": 256, "mel_bins": 128, "patch_size": 16, "dim": 64, "depth": 2, "heads": 1}
+    predictor = {"predictor_dim": 96, "predictor_depth": 4, "predictor_heads": 3, "mlp_ratio": 4.0}
+    log_mel = {"sample_rate": 32000, "clip_seconds": 10.0, "time_bins": 256, "mel_bins": 128}
+    config = JEPAConfig(**sizes, **predictor)
+    stored = {
+        "format": "audio-jepa 1",
+        "step": 3,
+        "config": {"model": sizes | predictor, "log_mel": log_mel | {"mean": -7.0, "std": 4.0}},
+        "target_encoder": VisionTransformer(config).state_dict(),
+        "context_encoder": VisionTransformer(config).state_dict(),
+    }
+    path = tmp_path_factory.mktemp("checkpoint") / "last.pt"
+    torch.save(stored, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def encoder(checkpoint):
+    encoder = extract.load_encoder(checkpoint)
+    encoder.amp = "off"
+    return encoder
+
+
+SECONDS = [0.03, 10.0, 25.0, 0.7, 20.0, 12.1]  # less than a row, one window, several
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recordings")
+    for n, seconds in enumerate(SECONDS):
+        rate = [32000, 44100, 8000][n % 3]
+        soundfile.write(folder / f"{n}.wav", noise(seconds, rate, seed=n), rate)
+    return folder
+
+
+def run_extract(*flags):
+    extract.main(["--workers", "0", "--amp", "off", *map(str, flags)])
+
+
+def embeddings(checkpoint, path, out, *flags):
+    run_extract(checkpoint, path, "--out", out, *flags)
+    with np.load(out) as file:
+        return dict(file)
+
+
+@pytest.fixture(scope="module")
+def by_clip(checkpoint, recordings, tmp_path_factory):
+    return embeddings(checkpoint, recordings, tmp_path_factory.mktemp("clip") / "e.npz")
+
+
+@pytest.fixture(scope="module")
+def by_time(checkpoint, recordings, tmp_path_factory):
+    out = tmp_path_factory.mktemp("time") / "e.npz"
+    return embeddings(checkpoint, recordings, out, "--pool", "time")
+
+
+def same_rows(one, other):
+    return one.shape == other.shape and np.abs(one - other).max() < 1e-5
+
+
+def extract_error(capsys, *flags):
+    """The one line that extract.py says before it exits with code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        run_extract(*flags)
+    assert stopped.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+# ---- Embeddings of a folder
+
+
+def test_embeddings_have_one_row_a_recording_in_sorted_order(by_clip):
+    assert by_clip["embeddings"].shape == (6, 8 * 64)
+    assert by_clip["offsets"].tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert by_clip["paths"].tolist() == [f"{n}.wav" for n in range(6)]
+
+
+def test_embeddings_tell_how_they_were_made(by_clip):
+    config = json.loads(by_clip["config"].item())
+    assert by_clip["seconds"] == pytest.approx(SECONDS, abs=1e-4)
+    assert by_clip["sample_rate"] == 32000
+    assert by_clip["hop_ms"] == 625
+    assert by_clip["step"] == 3
+    assert config["model"]["dim"] == 64
+    assert config["log_mel"]["mean"] == -7
+    assert [config["bands"], config["pool"], config["encoder"]] == ["concat", "clip", "target"]
+
+
+def test_nothing_but_the_embeddings_is_written(checkpoint, recordings, tmp_path):
+    embeddings(checkpoint, recordings, tmp_path / "e.npz")
+    assert list(tmp_path.iterdir()) == [tmp_path / "e.npz"]
+
+
+@pytest.mark.parametrize("flags", ["--batch-size 1", "--batch-size 5 --workers 2", "--workers 2"])
+def test_rows_depend_on_neither_batching_nor_workers(
+    checkpoint, recordings, tmp_path, by_time, flags
+):
+    out = tmp_path / "e.npz"
+    made = embeddings(checkpoint, recordings, out, "--pool", "time", *flags.split())
+    assert same_rows(made["embeddings"], by_time["embeddings"])
+
+
+def test_rows_do_not_depend_on_company(checkpoint, recordings, tmp_path, by_clip):
+    for n in range(6):
+        alone = embeddings(checkpoint, recordings / f"{n}.wav", tmp_path / "e.npz")
+        assert same_rows(alone["embeddings"][0], by_clip["embeddings"][n])
+
+
+def test_two_processes_write_the_embeddings_of_one(checkpoint, recordings, tmp_path, by_time):
+    flags = ["--pool", "time", "--workers", 0, "--amp", "off", "--out", tmp_path / "e.npz"]
+    done = run_python(*TORCHRUN, "extract.py", checkpoint, recordings, *flags)
+    assert done.returncode == 0, done.stderr
+    made = np.load(tmp_path / "e.npz")
+    assert same_rows(made["embeddings"], by_time["embeddings"])
+    for name in by_time.keys() - {"embeddings"}:
+        assert np.array_equal(made[name], by_time[name])
+
+
+def test_a_bad_recording_is_named_whichever_process_reads_it(checkpoint, tmp_path):
+    soundfile.write(tmp_path / "0.wav", tone(0.5), 32000)
+    (tmp_path / "1.wav").write_text("no sound")  # the second process reads it
+    flags = ["--workers", 0, "--out", tmp_path / "e.npz"]
+    done = run_python(*TORCHRUN, "extract.py", checkpoint, tmp_path, *flags)
+    assert "error: 1.wav" in done.stderr
+
+
+def test_pooled_by_time_there_is_a_row_for_each_625_ms_that_a_recording_reaches_into(by_time):
+    rows = np.diff(by_time["offsets"])
+    assert rows.tolist() == [math.ceil(seconds / 0.625) for seconds in SECONDS]
+    assert by_time["offsets"][-1] == len(by_time["embeddings"])
+
+
+def test_the_row_of_a_clip_is_the_mean_of_its_rows_in_time(by_time, by_clip):
+    for n in range(6):
+        first = by_time["offsets"][n]
+        last = by_time["offsets"][n + 1]
+        assert same_rows(by_time["embeddings"][first:last].mean(0), by_clip["embeddings"][n])
+
+
+def test_bands_mean_is_the_mean_of_the_bands_of_concat(checkpoint, recordings, tmp_path, by_clip):
+    made = embeddings(checkpoint, recordings, tmp_path / "e.npz", "--bands", "mean")
+    assert same_rows(made["embeddings"], by_clip["embeddings"].reshape(6, 8, 64).mean(1))
+
+
+@pytest.mark.parametrize("which", ["target", "context"])
+def test_a_row_is_what_the_encoder_asked_for_makes_of_padded_windows(checkpoint, tmp_path, which):
+    """By hand: 11 s are two windows of 10 s, and reach into 18 of their 32 columns."""
+    waveform = noise(11)
+    soundfile.write(tmp_path / "a.wav", waveform, 32000, subtype="FLOAT")
+    stored = torch.load(checkpoint, weights_only=True)
+    network = VisionTransformer(JEPAConfig(**stored["config"]["model"]))
+    network.load_state_dict(stored[f"{which}_encoder"])
+    log_mel = data.LogMel(**stored["config"]["log_mel"])
+    windows = F.pad(torch.from_numpy(waveform), (0, 9 * 32000)).view(2, 320000)
+    with torch.no_grad():
+        tokens = network(log_mel(windows))  # [2, 128, D]
+    wanted = tokens.reshape(32, 8 * 64)[:18].mean(0).numpy()
+    made = embeddings(checkpoint, tmp_path, tmp_path / "e.npz", "--encoder", which)
+    assert same_rows(made["embeddings"][0], wanted)
+
+
+@pytest.fixture
+def with_bad(recordings, tmp_path):
+    """The recordings, and two that cannot be used."""
+    shutil.copytree(recordings, tmp_path / "all")
+    sound = noise(31)
+    sound[-100] = np.nan  # in the last of four windows
+    soundfile.write(tmp_path / "all" / "3b.wav", sound, 32000, subtype="FLOAT")
+    (tmp_path / "all" / "4b.wav").write_text("no sound")
+    return tmp_path / "all"
+
+
+def test_a_bad_recording_is_named_and_nothing_is_written(checkpoint, with_bad, tmp_path, capsys):
+    line = extract_error(capsys, checkpoint, with_bad, "--out", tmp_path / "e.npz")
+    assert "3b.wav: holds NaN" in line
+    assert list(tmp_path.iterdir()) == [with_bad]
+
+
+def test_skip_bad_leaves_out_all_windows_of_a_bad_recording(
+    checkpoint, with_bad, tmp_path, by_clip, capsys
+):
+    made = embeddings(checkpoint, with_bad, tmp_path / "e.npz", "--skip-bad")
+    assert np.array_equal(made["paths"], by_clip["paths"])
+    assert same_rows(made["embeddings"], by_clip["embeddings"])
+    names = [line.split(": ")[1] for line in capsys.readouterr().err.splitlines()]
+    assert names == ["3b.wav", "4b.wav"]
+
+
+def test_a_set_that_is_all_bad_is_refused(checkpoint, tmp_path, capsys):
+    (tmp_path / "a.wav").write_text("no sound")
+    with pytest.raises(SystemExit):
+        embeddings(checkpoint, tmp_path, tmp_path / "e.npz", "--skip-bad")
+    assert "none of 1 recordings" in capsys.readouterr().err
+
+
+def test_names_of_any_bytes_come_back(checkpoint, tmp_path):
+    names = [b"a b.wav", b"c\nd.wav", b"\xff\xfe.wav"]
+    for name in names:
+        soundfile.write(os.fsencode(tmp_path) + b"/" + name, tone(0.5), 32000, format="WAV")
+    made = embeddings(checkpoint, tmp_path, tmp_path / "e.npz")
+    assert [os.fsencode(path) for path in made["paths"].tolist()] == names
+
+
+# ---- Probes
+
+
+def labelled(separation, clips=200, width=16):
+    """Clips [clips, width] of four classes around a centre each -> them, labels, three splits."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(clips) % 4
+    centres = separation * rng.standard_normal((4, width))
+    x = rng.standard_normal((clips, width)) + centres[labels]
+    splits = torch.arange(clips).split([clips - 80, 40, 40])
+    return torch.from_numpy(x).float(), torch.from_numpy(labels), *splits
+
+
+def test_knn_is_six_lines_of_numpy():
+    embeddings, labels, train, _, test = labelled(0.5)
+    x = embeddings.double().numpy()
+    x = (x - x[train].mean(0)) / x[train].std(0)
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    right = 0
+    for clip in test:
+        similarity = x[train] @ x[clip]
+        nearest = np.argsort(-similarity)[:10]
+        votes = np.bincount(labels[train][nearest], np.exp(similarity[nearest] / 0.07), 4)
+        right += votes.argmax() == labels[clip].item()
+    assert 10 < right < 38
+    assert extract.knn("knn", embeddings, labels, 4, train, test) == right / 40
+
+
+def test_xares_knn_is_its_formula():
+    x, y, train, _, test = labelled(0.5)
+    similarity = F.normalize(x[test], dim=1) @ F.normalize(x[train], dim=0).T
+    values, nearest = similarity.topk(10)
+    votes = F.one_hot(y[train][nearest], 4) * (values / 0.07).softmax(1).unsqueeze(2)
+    right = (votes.sum(1).argmax(1) == y[test]).sum().item()
+    assert 10 < right < 38
+    assert extract.knn("xares-knn", x, y, 4, train, test) == right / 40
+
+
+def test_knn_does_not_care_for_the_scale_of_a_dimension_and_xares_knn_does():
+    x, y, train, _, test = labelled(2.0)
+    scaled = x * torch.tensor([1000.0] + 15 * [1.0])
+    assert extract.knn("knn", x, y, 4, train, test) == 1.0
+    assert extract.knn("knn", scaled, y, 4, train, test) == 1.0
+    assert extract.knn("xares-knn", x, y, 4, train, test) > 0.9
+    assert extract.knn("xares-knn", scaled, y, 4, train, test) < 0.7
+
+
+@pytest.mark.parametrize("other_tokens", [0, 4], ids=["linear", "attentive"])
+def test_a_probe_finds_what_is_there_and_nothing_else(other_tokens):
+    x, y, *splits = labelled(1.0, clips=400, width=256)
+    noise_tokens = torch.randn(400, other_tokens, 256)
+    tokens = list(torch.cat([noise_tokens, x.unsqueeze(1)], dim=1))
+    attentive = other_tokens > 0
+    assert extract.train_probe(tokens, attentive, y, 4, *splits) >= 0.9
+    shuffled = y[torch.randperm(400)]
+    assert extract.train_probe(tokens, attentive, shuffled, 4, *splits) < 0.5
+
+
+def test_the_attentive_probe_ignores_padding():
+    attentive = extract.Probe(16, 3, attentive=True)
+    tokens = torch.randn(1, 5, 16)
+    padding = torch.tensor([[False, False, True, True, True]])
+    without_padding = attentive(tokens[:, :2], padding[:, :2])
+    assert torch.allclose(attentive(tokens, padding), without_padding, atol=1e-5)
+
+
+def write_task(folder, splits):
+    """Which of three pitches? Four clips a class in each split; the split "" is no folder."""
+    for split in splits:
+        for label, hertz in [("low", 200), ("mid", 1500), ("high", 6000)]:
+            (folder / split / label).mkdir(parents=True)
+            for n in range(4):
+                sound = tone(0.6, hertz=hertz * (1 + 0.01 * n)) + noise(0.6, seed=n) / 30
+                soundfile.write(folder / split / label / f"{n}.wav", sound, 32000)
+    return folder
+
+
+def probe(checkpoint, task, *flags):
+    """A run of probes -> the JSON that it writes."""
+    path = task.with_suffix(".json")
+    run_extract(checkpoint, task, "--json", path, "--probe", *flags)
+    return json.loads(path.read_text())
+
+
+PROBES = ["knn", "xares-knn", "linear", "attentive"]
+
+
+def test_the_table_compares_an_encoder_with_what_it_has_to_beat(checkpoint, tmp_path, capsys):
+    task = write_task(tmp_path / "task", ["train", "test"])
+    table = probe(checkpoint, task, *PROBES)["accuracy"]
+    views = ["this encoder, concat", "this encoder, mean", "untrained, concat", "untrained, mean"]
+    assert list(table) == [*views, "log-mel"]
+    printed = capsys.readouterr().out
+    for view, row in table.items():
+        assert list(row) == PROBES
+        assert view in printed
+
+
+def test_the_table_exposes_an_encoder_that_hears_nothing(checkpoint, tmp_path):
+    stored = torch.load(checkpoint, weights_only=True)
+    stored["target_encoder"]["norm.weight"].zero_()
+    torch.save(stored, tmp_path / "deaf.pt")
+    task = write_task(tmp_path / "task", ["train", "test"])
+    table = probe(tmp_path / "deaf.pt", task, "knn")["accuracy"]
+    assert table["this encoder, concat"]["knn"] < 0.5
+    assert table["untrained, concat"]["knn"] == 1.0
+    assert table["log-mel"]["knn"] == 1.0
+
+
+def test_bands_is_for_embeddings_and_changes_no_probe(checkpoint, tmp_path):
+    task = write_task(tmp_path / "task", ["train", "test"])
+    concat = probe(checkpoint, task, "xares-knn")
+    assert probe(checkpoint, task, "xares-knn", "--bands", "mean") == concat
+
+
+def test_a_task_of_any_name_can_be_probed(checkpoint, tmp_path, capsys):
+    task = write_task(tmp_path / "task", ["train", "test"])
+    task = task.rename(tmp_path / "\udcff")  # how Python spells the byte ff
+    assert probe(checkpoint, task, "knn")["test"] == 12
+
+
+@pytest.mark.parametrize(
+    "splits,flags,wanted",
+    [
+        (["train", "test"], [], {"train": 12, "valid": 0, "test": 12, "folds": 1}),
+        (["train", "valid", "test"], [], {"train": 12, "valid": 12, "test": 12, "folds": 1}),
+        ([""], ["--folds", 4], {"train": 9, "valid": 0, "test": 3, "folds": 4}),
+    ],
+)
+def test_the_json_tells_what_was_tested(checkpoint, tmp_path, splits, flags, wanted):
+    task = write_task(tmp_path / "task", splits)
+    assert probe(checkpoint, task, "knn", *flags).items() >= wanted.items()
+
+
+def read_task(folders, clips=10, folds=None):
+    names = []
+    for folder in folders:
+        names += [os.path.join(folder, f"{n}.wav") for n in range(clips)]
+    return extract.read_task(SimpleNamespace(data="x", folds=folds), names)
+
+
+def test_folds_test_every_clip_once_and_train_on_the_others():
+    _, splits = read_task("abc", folds=5)
+    assert sorted(torch.cat([test for _, _, test in splits]).tolist()) == list(range(30))
+    for trained, _, tested in splits:
+        assert sorted(trained.tolist() + tested.tolist()) == list(range(30))
+
+
+def test_every_fold_tests_all_classes_alike():
+    labels, splits = read_task("abc", folds=5)
+    for _, _, tested in splits:
+        assert labels[tested].bincount().tolist() == [2, 2, 2]
+
+
+def test_without_folds_a_fifth_is_the_test():
+    _, splits = read_task("abc")
+    assert [len(tested) for _, _, tested in splits] == [6]
+
+
+@pytest.mark.parametrize(
+    "names",
+    ["Train Test", "training testing", "train eval", "train validation", "train.tar test.tar"],
+)
+def test_splits_go_by_many_names(names):
+    first, second = names.split()
+    labels, splits = read_task([f"{first}/a", f"{first}/b", f"{second}/a", f"{second}/b"])
+    assert [part.tolist() for part in splits[0]] == [list(range(20)), [], list(range(20, 40))]
+    assert labels.tolist() == 2 * (10 * [0] + 10 * [1])
+
+
+@pytest.mark.parametrize(
+    "folders,folds",
+    [
+        (["a", "b", ""], None),  # some without a label
+        (["a"], None),  # one class
+        (["train/a", "test/a"], None),
+        (["train", "test"], None),
+        (["train/a", "train/b"], None),
+        (["train/a", "train/b", "test/a", "test/b", "others/a"], None),
+        (["train/a", "train/b", "test/a", "test/b"], 5),  # folds of splits
+        (["a", "b"], 30),  # more folds than clips
+    ],
+)
+def test_folders_that_are_no_task_are_refused(folders, folds):
+    with pytest.raises(ValueError, match="LABEL"):
+        read_task(folders, folds=folds)
+
+
+def test_a_class_may_be_called_train():
+    labels, _ = read_task(["car", "train"])
+    assert labels.tolist() == 10 * [0] + 10 * [1]
+
+
+def test_classes_of_three_clips_can_be_probed():
+    labels, splits = read_task("abc", clips=3, folds=5)
+    tokens = list(F.one_hot(labels, 3).float().repeat(1, 64).unsqueeze(1))
+    for split in splits:
+        assert extract.train_probe(tokens, False, labels, 3, *split) == 1.0
+
+
+def test_probes_of_several_processes_are_refused(checkpoint, recordings, monkeypatch, capsys):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    of_torchrun = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in of_torchrun.items():
+        monkeypatch.setenv(name, value)
+    assert "--probe" in extract_error(capsys, checkpoint, recordings, "--probe", "knn")
+
+
+# ---- The encoder as a module: X-ARES, fine-tuning
+
+
+def test_xares_finds_one_encoder():
+    found = [name for name in dir(extract) if name.endswith("Encoder")]
+    assert found == ["AudioJEPAEncoder"]
+
+
+@pytest.mark.parametrize("bands,width", [("concat", 512), ("mean", 64)])
+def test_xares_builds_the_encoder_without_arguments(checkpoint, monkeypatch, bands, width):
+    monkeypatch.setenv("AUDIO_JEPA_CHECKPOINT", str(checkpoint))
+    monkeypatch.setenv("AUDIO_JEPA_BANDS", bands)
+    encoder = extract.AudioJEPAEncoder()
+    assert encoder.sampling_rate == 32000
+    assert encoder.hop_size_in_ms == 625
+    assert encoder.output_dim == width
+    assert encoder(torch.randn(1, 1000)).shape == (1, 1, width)
+
+
+@pytest.mark.parametrize(
+    "samples,rows", [(1000, 1), (50000, 3), (320000, 16), (320001, 17), (600 * 32000, 960)]
+)
+def test_a_waveform_gives_a_row_for_each_625_ms_that_it_reaches_into(encoder, samples, rows):
+    made = encoder(torch.randn(1, samples))
+    assert made.shape == (1, rows, 512)
+    assert made.dtype == torch.float32
+    assert made.isfinite().all()
+
+
+def test_inference_mode_changes_nothing(encoder):
+    waveform = torch.randn(2, 50000)
+    with torch.inference_mode():
+        made = encoder(waveform)
+    assert torch.equal(made, encoder(waveform))
+
+
+def test_the_encoder_travels_to_a_spawned_process(encoder):
+    waveform = torch.randn(1, 50000)
+    with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
+        made = pool.apply(encoder, (waveform,))
+    assert torch.allclose(made, encoder(waveform), atol=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [torch.ones(9), torch.ones(1, 0), torch.ones(1, 1, 9)])
+def test_the_encoder_refuses_what_is_no_batch_of_waveforms(encoder, wrong):
+    with pytest.raises(ValueError, match="waveform"):
+        encoder(wrong)
+
+
+def test_the_encoder_refuses_integers(encoder):
+    with pytest.raises(ValueError, match="int16"):
+        encoder(torch.ones(1, 9, dtype=torch.int16))
+
+
+def test_the_encoder_says_when_it_is_given_no_checkpoint(monkeypatch):
+    monkeypatch.delenv("AUDIO_JEPA_CHECKPOINT", raising=False)
+    with pytest.raises(ValueError, match="AUDIO_JEPA_CHECKPOINT"):
+        extract.AudioJEPAEncoder()
+
+
+def test_the_encoder_says_which_bands_there_are(checkpoint):
+    with pytest.raises(ValueError, match="concat or mean"):
+        extract.load_encoder(checkpoint, bands="all")
+
+
+def test_the_encoder_is_frozen_as_it_comes(encoder):
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+
+
+def test_gradients_reach_every_parameter_of_an_encoder_that_is_not_frozen(checkpoint):
+    encoder = extract.load_encoder(checkpoint).requires_grad_(True).train()
+    rows = encoder(torch.randn(2, 50000))
+    (rows * torch.randn_like(rows)).sum().backward()
+    for name, parameter in encoder.named_parameters():
+        assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_autocast_of_the_caller_does_not_reach_the_encoder(encoder, dtype):
+    waveform = torch.randn(2, 50000)
+    with torch.autocast("cpu", dtype):
+        made = encoder(waveform)
+    assert (made - encoder(waveform)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("precision,error", [("half", 0.01), ("bfloat16", 0.05), ("double", 1e-4)])
+def test_the_encoder_works_in_other_precisions(encoder, precision, error):
+    waveform = torch.randn(2, 50000)
+    wanted = encoder(waveform)
+    made = getattr(copy.deepcopy(encoder), precision)()(waveform)
+    assert (made - wanted).norm() < error * wanted.norm()
+
+
+# ---- Checkpoints: ours, the authors', and none
+
+
+def test_a_checkpoint_of_a_run_is_read(reference, tmp_path):
+    stored, _ = reference
+    torch.save(stored, tmp_path / "last.pt")
+    encoder = extract.load_encoder(tmp_path / "last.pt")
+    assert encoder.step == stored["step"]
+    assert encoder(torch.randn(3, 50000)).shape == (3, 3, 8 * 192)
+
+
+def authors_file(checkpoint, path, others):
+    """A stand-in for the authors' checkpoint: our weights in their form, and other objects."""
+    ours = torch.load(checkpoint, weights_only=True)
+    theirs = {"predictor.mask_token": torch.zeros(1, 1, 8)}
+    for network, prefix in [("target", "target_encoder."), ("context", "encoder._orig_mod.")]:
+        for name, tensor in ours[f"{network}_encoder"].items():
+            if name == "patch_embed.weight":
+                tensor = tensor.view(-1, 1, 16, 16)  # of a convolution
+            if name == "pos_embed":
+                tensor = tensor.unsqueeze(0)
+            name = name.replace("patch_embed", "patch_embed.proj")
+            name = name.replace("attn.qkv", "attn.Wqkv").replace("attn.proj", "attn.out_proj")
+            theirs[prefix + name] = tensor
+    torch.save({"state_dict": theirs, "global_step": 100000, "hyper_parameters": others}, path)
+    return path
+
+
+@pytest.mark.parametrize("which", ["target", "context"])
+def test_the_authors_checkpoint_gives_the_same_embeddings(checkpoint, tmp_path, which):
+    ours = extract.load_encoder(checkpoint, which=which)
+    ours.log_mel = extract.AuthorsLogMel()  # only the names of the weights are left to differ
+    others = [functools.partial(print), JEPAConfig()]  # objects, as Lightning stores them
+    path = authors_file(checkpoint, tmp_path / "a.ckpt", others)
+    theirs = extract.load_encoder(path, which=which)
+    waveform = torch.randn(1, 96000)
+    assert theirs.step == 100000
+    assert torch.equal(theirs(waveform), ours(waveform))
+
+
+def test_the_authors_front_end_is_kaldis_without_edges():
+    waveform = torch.from_numpy(noise(10) + tone(10)).unsqueeze(0)
+    frames = kaldi.fbank(
+        waveform / waveform.abs().max(),
+        sample_frequency=32000,
+        num_mel_bins=128,
+        frame_shift=1243 / 32,
+        frame_length=3108 / 32,
+        dither=0.0,
+        window_type="hanning",
+        low_freq=20,
+    )
+    ours = extract.AuthorsLogMel()(waveform)
+    assert ours.shape == (1, 1, 256, 128)
+    assert (ours[0, 0, :255] - frames).abs().max() < 1e-3
+    assert not ours[0, 0, 255].any()
+
+
+def test_the_authors_front_end_takes_silence():
+    assert extract.AuthorsLogMel()(torch.zeros(1, 320000)).isfinite().all()
+
+
+def test_our_positions_are_the_authors():
+    """Theirs: meshgrid(mel index, time index), the first half of the width from the mel index."""
+    mel, time = np.meshgrid(np.arange(8), np.arange(16))
+    frequencies = 1 / 10000 ** (np.arange(192) / 192)
+    parts = []
+    for axis in (mel, time):
+        angles = axis.reshape(-1, 1) * frequencies
+        parts += [np.sin(angles), np.cos(angles)]
+    theirs = np.concatenate(parts, axis=1)
+    assert np.abs(model.sincos_positions(768, (16, 8)).numpy() - theirs).max() < 1e-6
+
+
+def test_objects_in_the_authors_checkpoint_are_not_executed(checkpoint, tmp_path):
+    hostile = Hostile(tmp_path / "executed")
+    extract.load_encoder(authors_file(checkpoint, tmp_path / "a.ckpt", hostile))
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("place", ["step", "state_dict"])  # in a file of ours, of the authors'
+def test_a_hostile_checkpoint_is_refused_and_not_executed(checkpoint, tmp_path, capsys, place):
+    stored = torch.load(checkpoint, weights_only=True)
+    torch.save(stored | {place: Hostile(tmp_path / "executed")}, tmp_path / "a.pt")
+    line = extract_error(capsys, tmp_path / "a.pt", tmp_path, "--out", tmp_path / "e.npz")
+    assert "a.pt: not a whole checkpoint" in line
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    "name,reason",
+    [
+        ("cut.pt", "not a whole"),
+        ("text.pt", "not a whole"),
+        ("dir", "folder"),
+        ("no.pt", "no such"),
+    ],
+)
+def test_what_is_no_checkpoint_is_refused_with_its_name(checkpoint, tmp_path, capsys, name, reason):
+    (tmp_path / "cut.pt").write_bytes(checkpoint.read_bytes()[:-100])
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    (tmp_path / "dir").mkdir()
+    line = extract_error(capsys, tmp_path / name, tmp_path, "--out", tmp_path / "e.npz")
+    assert name in line
+    assert reason in line
+
+
+@pytest.mark.parametrize("folder,reason", [("no", "exist"), ("empty", "audio"), ("packed", "pack")])
+def test_what_is_wrong_with_the_data_is_said(checkpoint, tmp_path, capsys, folder, reason):
+    (tmp_path / "empty").mkdir()
+    packed(tmp_path / "packed", np.zeros((16, 128)))
+    line = extract_error(capsys, checkpoint, tmp_path / folder, "--out", tmp_path / "e.npz")
+    assert reason in line.split(f"{tmp_path / folder}: ")[1]
+
+
+@pytest.mark.parametrize(
+    "flags,hint",
+    [
+        ("", "--out"),
+        ("--out x.npz --probe knn", "--out"),
+        ("--out x.npz --folds 3", "--folds"),
+        ("--out x.npz --json y.json", "--json"),
+        ("--out nowhere/x.npz", "nowhere/x.npz"),
+    ],
+)
+def test_what_is_wrong_with_the_flags_of_extract_is_said(capsys, flags, hint):
+    assert hint in extract_error(capsys, "last.pt", ".", *flags.split())
 
 
 # ================================================================================================

@@ -8,8 +8,9 @@
 
 Masks, clips, windows and schedules are pure functions of (seed, step). So one process, several
 processes, accumulated micro-batches, or a run that was cut off and started again with the same
---out: they are all the same run. To continue, a checkpoint needs the weights, the optimizer and the
-number of the step. It holds no random state, because there is none.
+--out are all the same run, up to the rounding of sums in another order. To continue, a checkpoint
+needs the weights, the optimizer and the number of the step. It holds no random state, because there
+is none.
 
 Letters in the shape comments: B clips of a micro-batch, N patches of a clip, C visible and M masked
 ones, D encoder width, T spectrogram frames, F mel bands.
@@ -134,9 +135,10 @@ def train_step(run: Run, step: int, clips: list[torch.Tensor]) -> StepResult:
         # they only add up in each process: one average of the sum is the same, and costs less.
         run.trained.require_backward_grad_sync = micro == args.accum - 1
 
-        with torch.autocast(run.device.type, run.precision, run.precision != torch.float32):
-            # 2. Targets. The target encoder sees the whole clip. This is the stop-gradient: nothing
-            # of this forward pass is kept for a backward pass (see JEPA.forward for the reason).
+        mixed = run.precision != torch.float32
+        with torch.autocast(run.device.type, dtype=run.precision, enabled=mixed):
+            # 2. Targets. The target encoder sees the whole clip. Nothing of this is kept for a
+            # backward pass: that is the stop-gradient (see JEPA.forward for the reason).
             with torch.no_grad():
                 targets = run.target_encoder(spectrogram)  # [B, N, D]
             # 3. Context, prediction, loss.
@@ -326,9 +328,7 @@ def main(argv: list[str] | None = None) -> None:
             print(
                 f"{progress.step} of {args.steps} steps done, saved in {printable(out / 'last.pt')}"
             )
-        if dist.is_initialized():
-            dist.barrier()  # nobody leaves while another still saves
-            dist.destroy_process_group()
+        end_processes()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -340,7 +340,8 @@ def main(argv: list[str] | None = None) -> None:
 
 @torch.no_grad()
 def monitors(targets: torch.Tensor) -> dict[str, float]:
-    """Numbers that tell a collapse, over the targets [B, N, D] of all processes.
+    """Numbers that fall in a collapse (mean_cosine rises), over the targets [B, N, D] of all
+    processes. Compare them with those of step 1: an untrained network is far from 1 or 0 already.
 
     token_std: std over the tokens of a clip, mean over clips and features; 0 if the tokens of a
     clip are alike. The others look at the pooled targets, the mean token of each clip:
@@ -725,6 +726,12 @@ def start_processes(processes, device):
     dist.init_process_group(backend, store=store, rank=processes.rank, world_size=processes.count)
 
 
+def end_processes():
+    if dist.is_initialized():
+        dist.barrier()  # nobody leaves while another still writes
+        dist.destroy_process_group()
+
+
 def sum_over_processes(tensor):
     if dist.is_initialized():
         dist.all_reduce(tensor)
@@ -799,7 +806,7 @@ def benchmark(run, clips, processes):
         times = timeit.repeat(work_to_its_end, number=repeat, repeat=8)
         return float(np.median(times[3:])) / repeat  # the first three warm up
 
-    seconds(lambda: train_step(run, next(steps), frames))  # meets masks of many sizes
+    seconds(lambda: train_step(run, next(steps), frames))  # meets masks of many sizes in memory
     args.mask_ratio = [0.5, 0.5]  # from here on all steps are alike
     workers = max(args.workers, 1)  # each delivers in its turn, so we time whole rounds
     size = 4096 if run.device.type == "cpu" else 8192
@@ -827,8 +834,8 @@ def benchmark(run, clips, processes):
 
 
 def fail(message, code=2):
-    """One line on stderr, and out. Code 2 is the user's to mend, and the same in all processes of a
-    machine: one of them says it."""
+    """One line on stderr, and out. Code 2 is a usage error, the same in all processes of a machine:
+    one of them says it."""
     if code != 2 or launched_processes().local_rank == 0:
         print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
@@ -837,6 +844,12 @@ def fail(message, code=2):
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
         fail(message)
+
+
+def positive(text):
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return int(text)
 
 
 def parse_args(argv):
@@ -851,9 +864,14 @@ def parse_args(argv):
     )
     add("--init", metavar="CHECKPOINT", help="begin with its weights (of train.py or the authors')")
     add("--model", choices=list(PRESETS), default="base", help="size of the networks")
-    add("--steps", type=int, default=100000, help="optimizer steps of the whole run")
-    add("--batch-size", type=int, default=256, help="clips in a step, of all processes together")
-    add("--accum", type=int, default=1, help="micro-batches in a step, to save memory")
+    add("--steps", type=positive, default=100000, help="optimizer steps of the whole run")
+    add(
+        "--batch-size",
+        type=positive,
+        default=256,
+        help="clips in a step, of all processes together",
+    )
+    add("--accum", type=positive, default=1, help="micro-batches in a step, to save memory")
     add("--lr", type=float, default=3e-4, help="peak learning rate")
     add("--warmup", type=int, default=1000, help="steps from lr 1e-6 to the peak")
     add("--weight-decay", type=float, default=0.05, help="of AdamW, on matrices only")
@@ -876,8 +894,13 @@ def parse_args(argv):
     add("--compile", action="store_true", help="torch.compile the three networks")
     add("--workers", type=int, default=default_workers(), help="that read clips, for each process")
     add("--seed", type=int, default=0, help="of everything that is drawn")
-    add("--save-every", type=int, default=10000, help="steps between the checkpoints that are kept")
-    add("--log-every", type=int, default=50, help="steps between the lines of the log")
+    add(
+        "--save-every",
+        type=positive,
+        default=10000,
+        help="steps between the checkpoints that are kept",
+    )
+    add("--log-every", type=positive, default=50, help="steps between the lines of the log")
     add("--benchmark", action="store_true", help="measure speed and memory, and train nothing")
     args = parser.parse_args(argv)
     check(parser, args)
