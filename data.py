@@ -280,7 +280,7 @@ def map_shard(path):
 
 
 class SyntheticSounds:
-    """Sound without a download: chirps, every other one made of noise, at random places."""
+    """Sound without a download: each window another mixture of chirps, every other one of noise."""
 
     silence = 0.0
     fingerprint = "synthetic clips"
@@ -288,24 +288,27 @@ class SyntheticSounds:
     def __init__(self, sample_rate: int, num_clips: int):
         self.rate = sample_rate
         self.num_clips = num_clips
+        rng = np.random.default_rng(0)
+        self.sounds = []  # made once: windows only add them up
+        for number in range(128):
+            seconds = rng.uniform(0.1, 1.0)
+            first_hertz, last_hertz = 80 * 2 ** rng.uniform(0, 6, size=2)
+            t = np.arange(int(seconds * sample_rate)) / sample_rate
+            cycles = first_hertz * t + (last_hertz - first_hertz) * t**2 / (2 * seconds)
+            sound = np.sin(2 * np.pi * cycles) * np.exp(-4 * t / seconds)
+            if number % 2 == 1:
+                sound *= rng.standard_normal(len(t))
+            self.sounds.append(sound.astype(np.float32))
 
     def __len__(self):
         return self.num_clips
 
     def window(self, i, length, rng):
         window = np.zeros(length, np.float32)
-        noise = np.random.default_rng(rng.getrandbits(32))
-        for number in range(8):
-            seconds = rng.uniform(0.1, 1.0)
-            first_hertz = 80 * 2 ** rng.uniform(0, 6)
-            last_hertz = 80 * 2 ** rng.uniform(0, 6)
-            t = np.arange(int(seconds * self.rate)) / self.rate
-            cycles = first_hertz * t + (last_hertz - first_hertz) * t**2 / (2 * seconds)
-            sound = np.sin(2 * np.pi * cycles) * np.exp(-4 * t / seconds) * rng.uniform(0.03, 0.5)
-            if number % 2 == 1:
-                sound *= noise.standard_normal(len(t))
+        for _ in range(8):
+            sound = rng.choice(self.sounds) * np.float32(rng.uniform(0.03, 0.5))
             begin = rng.randrange(length)
-            room = window[begin : begin + len(t)]  # less at the end of the window
+            room = window[begin : begin + len(sound)]  # less at the end of the window
             room += sound[: len(room)]
         return window
 
