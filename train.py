@@ -257,6 +257,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         if args.benchmark:
             benchmark(run, clips, processes)
+            end_processes()
             return
 
         # Resume, or measure the data for a new run
