@@ -47,7 +47,7 @@ from train import choose_device
 from train import default_workers
 from train import end_processes
 from train import launched_processes
-from train import load_checkpoint
+from train import load_networks
 from train import start_processes
 
 
@@ -75,7 +75,7 @@ class AudioJEPAEncoder(nn.Module):
             raise ValueError("no checkpoint: name one, or set AUDIO_JEPA_CHECKPOINT")
         if bands not in ("concat", "mean"):
             raise ValueError(f"bands are concat or mean, not {bands}")
-        stored = read_encoder(checkpoint)
+        stored = load_networks(checkpoint)
         config = JEPAConfig(**stored["config"]["model"])
         self.network = VisionTransformer(config)
         self.network.load_state_dict(stored[f"{which}_encoder"])
@@ -483,56 +483,7 @@ def accuracies(probes, pooled, tokens, labels, splits):
 
 
 # ------------------------------------------------------------------------------------------------
-# Checkpoints: ours, and the file that the authors released
-
-
-def read_encoder(path):
-    """A checkpoint of train.py, or the authors' file in that form. ValueError if it is neither."""
-    try:
-        return load_checkpoint(path)
-    except ValueError as refusal:
-        try:
-            return load_authors_file(path)
-        except Exception:  # whatever a file that is neither makes us stumble over
-            raise refusal from None
-
-
-class Inert:
-    """Stands for the objects that Lightning stores beside the weights: none is executed."""
-
-    def __init__(self, *args):
-        pass
-
-    def __setstate__(self, state):
-        pass
-
-
-def load_authors_file(path):
-    """The authors' Lightning checkpoint, in the form of ours; its log_mel is None."""
-    names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    with torch.serialization.safe_globals([(Inert, name) for name in names]):
-        theirs = torch.load(path, map_location="cpu", weights_only=True)
-    networks = defaultdict(dict)
-    for name, tensor in theirs["state_dict"].items():
-        network, name = name.replace("_orig_mod.", "").split(".", 1)
-        name = name.replace("patch_embed.proj", "patch_embed")
-        name = name.replace("Wqkv", "qkv").replace("out_proj", "proj")
-        if name == "patch_embed.weight":
-            tensor = tensor.flatten(1)  # of their convolution
-        if name == "pos_embed":
-            tensor = tensor.squeeze(0)
-        networks[network][name] = tensor
-    target = networks["target_encoder"]
-    dim = len(target["patch_embed.weight"])
-    hidden = len(target["blocks.0.mlp.fc1.weight"])
-    depth = len([name for name in target if name.endswith("attn.qkv.weight")])
-    config = JEPAConfig(dim=dim, depth=depth, heads=dim // 64, mlp_ratio=hidden / dim)
-    return {
-        "config": {"model": vars(config), "log_mel": None},
-        "step": theirs.get("global_step", 0),
-        "target_encoder": target,
-        "context_encoder": networks["encoder"],
-    }
+# The front end of the weights that the authors released; train.py reads their file
 
 
 class AuthorsLogMel(LogMel):

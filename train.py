@@ -27,6 +27,7 @@ import signal
 import sys
 import time
 import timeit
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +57,7 @@ from masking import update_ema
 from model import JEPA
 from model import LOSSES
 from model import PRESETS
+from model import JEPAConfig
 from model import VisionTransformer
 from model import gather_tokens
 from model import gflops_per_clip
@@ -524,6 +526,55 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
     return checkpoint
 
 
+def load_networks(path):
+    """A checkpoint of train.py, or the authors' file in that form. ValueError if it is neither."""
+    try:
+        return load_checkpoint(path)
+    except ValueError as refusal:
+        try:
+            return load_authors_file(path)
+        except Exception:  # whatever a file that is neither makes us stumble over
+            raise refusal from None
+
+
+class Inert:
+    """Stands for the objects that Lightning stores beside the weights: none is executed."""
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+def load_authors_file(path):
+    """The authors' Lightning checkpoint, in the form of ours; its log_mel is None."""
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    with torch.serialization.safe_globals([(Inert, name) for name in names]):
+        theirs = torch.load(path, map_location="cpu", weights_only=True)
+    networks = defaultdict(dict)
+    for name, tensor in theirs["state_dict"].items():
+        network, name = name.replace("_orig_mod.", "").split(".", 1)
+        name = name.replace("patch_embed.proj", "patch_embed")
+        name = name.replace("Wqkv", "qkv").replace("out_proj", "proj")
+        if name == "patch_embed.weight":
+            tensor = tensor.flatten(1)  # of their convolution
+        if name == "pos_embed":
+            tensor = tensor.squeeze(0)
+        networks[network][name] = tensor
+    target = networks["target_encoder"]
+    dim = len(target["patch_embed.weight"])
+    hidden = len(target["blocks.0.mlp.fc1.weight"])
+    depth = len([name for name in target if name.endswith("attn.qkv.weight")])
+    config = JEPAConfig(dim=dim, depth=depth, heads=dim // 64, mlp_ratio=hidden / dim)
+    return {
+        "config": {"model": vars(config), "log_mel": None},
+        "step": theirs.get("global_step", 0),
+        "target_encoder": target,
+        "context_encoder": networks["encoder"],
+    }
+
+
 def find_checkpoint(out):
     """last.pt of a run to be continued, or None for a new run. ValueError if it cannot be read."""
     if (out / "last.pt").exists():
@@ -554,9 +605,7 @@ def read_first_weights(args, checkpoint):
     """--init of a new run: the networks in a checkpoint, ours or the authors'."""
     if args.init is None or checkpoint is not None:
         return {}
-    from extract import read_encoder  # here, as extract.py imports this file
-
-    return read_encoder(args.init)
+    return load_networks(args.init)
 
 
 def start_from(run, first_weights):
