@@ -206,6 +206,9 @@ class AudioFiles(Recordings):
             with open(os.path.join(self.root, shard), "rb") as tar:
                 tar.seek(int(offset))
                 file = io.BytesIO(tar.read(int(size)))
+        elif name.lower().endswith(b".mp3"):
+            with open(file, "rb") as mp3:
+                file = io.BytesIO(with_info_frame(mp3.read()))
         try:
             return soundfile.SoundFile(file)
         except soundfile.LibsndfileError as error:
@@ -387,7 +390,7 @@ class AudioClips(Clips):
     """Clips of a folder, a list, tar shards or a packed folder.
 
     -> waveforms [samples], float32, or of a packed folder log-mel frames [T, F], fp16.
-    ValueError says what is wrong with the path. `entries`: what find_recordings has found before.
+    ValueError says what is wrong with the path.
     """
 
     def __init__(
@@ -396,15 +399,12 @@ class AudioClips(Clips):
         sample_rate: int = 32000,
         clip_seconds: float = 10.0,
         seed: int = 0,
-        entries: np.ndarray | None = None,
     ):
         if os.path.isfile(os.path.join(path, "pack.json")):
             source = PackedFrames(path, sample_rate)
         else:
-            if entries is None:
-                entries = find_recordings(path)
             root = path if os.path.isdir(path) else os.path.dirname(path)
-            source = AudioFiles(root, entries, sample_rate)
+            source = AudioFiles(root, find_recordings(path), sample_rate)
         super().__init__(source, clip_seconds, seed)
 
 
@@ -618,6 +618,38 @@ def printable(name: str | bytes | os.PathLike) -> str:
     return "".join(characters)
 
 
+# Bytes in a frame of 128 kbit/s (MPEG-1) or 80 (MPEG-2 and 2.5), by the second byte of its header
+# and the number of its sample rate.
+MP3_FRAMES = {0xFB: (417, 384, 576), 0xF3: (261, 240, 360), 0xE3: (522, 480, 720)}
+
+
+def with_info_frame(mp3: bytes) -> bytes:
+    """Put a frame that tells the length before an MP3 that has none.
+
+    Without one, libsndfile guesses the length from the bit rate of the first frame, and reads no
+    further, even if that is a seventh of the sound. Ours promises hours: then it reads to the end.
+    """
+    start = 0
+    if mp3.startswith(b"ID3"):  # a tag, its size in four times 7 bits
+        start = 10 + (mp3[6] << 21 | mp3[7] << 14 | mp3[8] << 7 | mp3[9])
+    beginning = mp3[start : start + 200]
+    if len(beginning) < 200 or b"Xing" in beginning or b"Info" in beginning:
+        return mp3
+    kind = beginning[1] | 1  # with this bit, there is no checksum
+    rate = beginning[2] >> 2 & 3
+    channels = beginning[3]
+    if beginning[0] != 0xFF or kind not in MP3_FRAMES or rate == 3:
+        return mp3
+    zeros = 17  # how many bytes of other information a frame has before its sound
+    if kind == 0xFB and channels < 0xC0:  # stereo
+        zeros = 32
+    if kind != 0xFB and channels >= 0xC0:  # mono
+        zeros = 9
+    frame = bytes([0xFF, kind, 0x90 | rate << 2, channels]) + bytes(zeros)
+    frame += b"Xing" + b"\0\0\0\1" + b"\0\x10\0\0"  # a flag, the number of frames
+    return mp3[:start] + frame.ljust(MP3_FRAMES[kind][rate], b"\0") + mp3[start:]
+
+
 def decode(sound, start, count):
     """`count` samples from `start` on, or as many as there are -> mono float32, at the file's rate.
 
@@ -702,12 +734,11 @@ class EachRecording(Dataset):
             return i, None, str(error)
 
 
-def in_workers(work, files, indices):
-    """Yield work(files, i) of many recordings, in order, from as many workers as we have cores."""
+def in_workers(work, files):
+    """Yield work(files, i) of all recordings, in order, from as many workers as we have cores."""
     return DataLoader(
         EachRecording(files, work),
         batch_size=None,
-        sampler=indices,
         num_workers=usable_cores(),
         collate_fn=tuple,  # the answer as it is: else its arrays would become tensors
     )
@@ -731,7 +762,7 @@ def look_at(files, i):
 def scan(files):
     """Print what a set holds."""
     counts = Counter(recordings=len(files))
-    for i, answer, reason in tqdm(in_workers(look_at, files, range(len(files)))):
+    for i, answer, reason in tqdm(in_workers(look_at, files)):
         if reason is None and answer[0] == 0:
             reason = "nothing in it can be decoded"
         if reason is not None:
@@ -761,44 +792,28 @@ def all_frames(log_mel, files, i):
 
 
 def pack(files, out):
-    """Write all recordings as log-mel frames, a thousand to a file. Run again, it goes on."""
+    """Write the log-mel frames of all recordings into one file, and into an index where each lies:
+    its name, the file, its first frame, the number of its frames."""
     os.makedirs(out, exist_ok=True)
+    if os.path.exists(os.path.join(out, "index.npy")):
+        raise ValueError(f"{out}: holds a packed set already")
     work = functools.partial(all_frames, LogMel(files.rate))
-    set_of_files = f"{files.fingerprint}, {files.rate} Hz"
-    prefix = f"{zlib.crc32(set_of_files.encode()):08x}"  # another set has other names
-    index = []
-    for begin in tqdm(range(0, len(files), 1000), unit=" shards"):
-        shard = f"{prefix}-{begin // 1000:06d}.f16"
-        shard_index = os.path.join(out, f"index-{shard}.npy")
-        if not os.path.exists(shard_index):  # it is written last
-            indices = range(begin, min(begin + 1000, len(files)))
-            entries = pack_shard(files, work, indices, os.path.join(out, shard))
-            with whole_file(shard_index) as file:
-                np.save(file, np.array(entries, "S"))
-        index += np.load(shard_index).tolist()
-    with whole_file(os.path.join(out, "index.npy")) as file:
-        np.save(file, np.array(index, "S"))
-    with whole_file(os.path.join(out, "pack.json")) as file:
-        file.write(json.dumps({"sample_rate": files.rate}).encode())
-    print(f"{len(index)} of {len(files)} recordings packed in {printable(out)}")
-
-
-def pack_shard(files, work, indices, path):
-    """Write one file of frames -> its entries: name, shard, first frame, number of frames."""
     entries = []
     first = 0
-    with open(path, "wb") as file:
-        for i, frames, reason in in_workers(work, files, indices):
+    with whole_file(os.path.join(out, "frames.f16")) as file:
+        for i, frames, reason in tqdm(in_workers(work, files)):
             if reason is not None:
                 tqdm.write(f"left out: {printable(files.name(i))}: {reason}")
                 continue
-            entry = f"{files.name(i)}\0{os.path.basename(path)}\0{first}\0{len(frames)}"
+            entry = f"{files.name(i)}\0frames.f16\0{first}\0{len(frames)}"
             entries.append(os.fsencode(entry))
             file.write(frames.tobytes())
             first += len(frames)
-        file.flush()
-        os.fsync(file.fileno())
-    return entries
+    with whole_file(os.path.join(out, "pack.json")) as file:
+        file.write(json.dumps({"sample_rate": files.rate}).encode())
+    with whole_file(os.path.join(out, "index.npy")) as file:
+        np.save(file, np.array(entries, "S"))
+    print(f"{len(entries)} of {len(files)} recordings packed in {printable(out)}")
 
 
 def main():

@@ -18,12 +18,12 @@ import math
 import os
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import field
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
@@ -45,10 +45,9 @@ from train import OneLineParser
 from train import choose_amp
 from train import choose_device
 from train import default_workers
-from train import end_processes
+from train import fail
 from train import launched_processes
 from train import load_networks
-from train import start_processes
 
 
 class AudioJEPAEncoder(nn.Module):
@@ -140,14 +139,13 @@ class Windows(IterableDataset):
     Each loader worker reads recordings of its own.
     """
 
-    def __init__(self, files, recordings, window):
+    def __init__(self, files, window):
         self.files = files
-        self.recordings = recordings
         self.window = window
 
     def __iter__(self):
+        recordings = range(len(self.files))
         worker = get_worker_info()
-        recordings = self.recordings
         if worker is not None:
             recordings = recordings[worker.id :: worker.num_workers]
         for i in recordings:
@@ -167,24 +165,30 @@ class Embedding:
     samples: int = 0  # that hold sound
     num_rows: int = 0  # that hold sound
     total: torch.Tensor | float = 0.0  # [K], their sum
+    squares: torch.Tensor | float = 0.0  # [K], the sum of their squares
     rows: list[torch.Tensor] = field(default_factory=list)  # [R, K] of each window, if wanted
 
     @property
     def mean(self) -> torch.Tensor:
         return self.total / self.num_rows
 
+    @property
+    def std(self) -> torch.Tensor:
+        variance = self.squares / self.num_rows - self.mean**2
+        return variance.clamp(min=0).sqrt()
+
 
 @torch.no_grad()
 def embed(encoder, rows_of, keep_rows, files, args) -> dict[int, Embedding]:
-    """Embed all recordings, shared between the processes -> Embedding of each, in order.
+    """Embed all recordings -> Embedding of each, in order.
 
     `rows_of` makes rows [B, R, K] of windows [B, window]. ValueError at a recording that cannot be
     used, unless --skip-bad is given.
     """
-    processes = launched_processes()
     device = encoder.log_mel.window.device
+    files = AudioFiles(files.root, files.entries, encoder.sampling_rate)
     loader = DataLoader(
-        Windows(files, range(processes.rank, len(files), processes.count), encoder.window),
+        Windows(files, encoder.window),
         batch_size=args.batch_size,
         num_workers=args.workers,
         pin_memory=device.type == "cuda",
@@ -200,20 +204,17 @@ def embed(encoder, rows_of, keep_rows, files, args) -> dict[int, Embedding]:
                     raise ValueError(f"{line} (--skip-bad leaves such out)")
                 tqdm.write(f"left out: {line}", file=sys.stderr)
                 bad.append(i)
-            with_sound = math.ceil(samples[b].item() * rows.shape[1] / encoder.window)
+            num_rows = math.ceil(samples[b].item() * rows.shape[1] / encoder.window)
+            with_sound = rows[b, :num_rows]
             embedding = found[i]
             embedding.samples += samples[b].item()
-            embedding.num_rows += with_sound
-            embedding.total = embedding.total + rows[b, :with_sound].sum(0)
+            embedding.num_rows += num_rows
+            embedding.total = embedding.total + with_sound.sum(0)
+            embedding.squares = embedding.squares + with_sound.square().sum(0)
             if keep_rows:
-                embedding.rows.append(rows[b, :with_sound].clone())
+                embedding.rows.append(with_sound.clone())
     for i in bad:
         del found[i]  # what its windows before the bad one have given
-    if processes.count > 1:
-        of_each_process = [None] * processes.count
-        dist.all_gather_object(of_each_process, found)
-        for theirs in of_each_process:
-            found |= theirs
     if not found:
         raise ValueError(f"{args.data}: none of {len(files)} recordings can be used")
     return dict(sorted(found.items()))
@@ -223,8 +224,6 @@ def save_embeddings(args, encoder, files):
     """--out: all embeddings in one .npz, which is renamed when it is whole."""
     by_time = args.pool == "time"
     found = embed(encoder, encoder.rows, by_time, files, args)
-    if launched_processes().rank > 0:
-        return
     blocks = []  # [rows, K] of each recording
     for embedding in found.values():
         blocks.append(torch.cat(embedding.rows) if by_time else embedding.mean.unsqueeze(0))
@@ -276,7 +275,7 @@ def knn(probe, embeddings, labels, classes, train, test):
         votes = torch.zeros(len(some), classes)
         votes.scatter_add_(1, labels[train][nearest.indices], weights)
         right += (votes.argmax(1) == labels[some]).sum().item()
-    return right / len(test)
+    return right / max(len(test), 1)  # there may be no valid split
 
 
 class Probe(nn.Module):
@@ -304,7 +303,7 @@ class Probe(nn.Module):
 
 
 def train_probe(tokens, attentive, labels, classes, train, valid, test):
-    """Train a Probe on frozen tokens, a tensor [L, K] for each clip -> accuracy on `test`.
+    """Train a Probe on frozen tokens, a tensor [L, K] for each clip -> accuracies: valid, test.
 
     As X-ARES: 10 epochs of Adam, batch 32, the rate on a cosine from 1e-3 to a tenth. What counts
     is the epoch that is best on `valid`, or on a tenth of `train` if there is no `valid`.
@@ -333,7 +332,6 @@ def train_probe(tokens, attentive, labels, classes, train, valid, test):
         return right / len(split)
 
     best = -1.0
-    answer = 0.0
     for epoch in range(10):
         optimizer.param_groups[0]["lr"] = 1e-3 * (0.55 + 0.45 * math.cos(math.pi * epoch / 10))
         for clips in train[torch.randperm(len(train))].split(32):
@@ -343,8 +341,8 @@ def train_probe(tokens, attentive, labels, classes, train, valid, test):
         now = accuracy(valid)
         if now >= best:  # of equals the last, which has seen most
             best = now
-            answer = accuracy(test)
-    return answer
+            on_test = accuracy(test)
+    return best, on_test
 
 
 def deal(labels, folds):
@@ -408,78 +406,102 @@ def read_task(args, names):
     return labels, [(indices(fold != n), indices([]), indices(fold == n)) for n in tested]
 
 
-def run_probes(args, encoder, files):
-    """--probe: accuracies of this encoder, and of two baselines that it has to beat."""
-    read_task(args, [files.name(i) for i in range(len(files))])  # may refuse: before the work
-    torch.manual_seed(0)
-    encoder.bands = "concat"
-    config = encoder.network.config
+@dataclass
+class View:
+    """Something to probe: what makes rows of numbers out of windows, and a row of the table."""
+
+    name: str
+    encoder: AudioJEPAEncoder
+    rows_of: Callable[[torch.Tensor], torch.Tensor]  # [B, window] -> [B, R, K]
+    token_width: int  # a row is one token or several side by side
+    add_std: bool = False  # pool to the mean row of a clip and its std, not to the mean alone
+
+
+def views(args, encoder):
+    """Two baselines that an encoder has to beat, log-mel and this encoder before any training; then
+    the encoder of each checkpoint."""
     untrained = copy.deepcopy(encoder)
-    untrained.network = VisionTransformer(config).to(encoder.log_mel.window)
+    config = encoder.network.config
+    torch.manual_seed(0)
+    untrained.network = VisionTransformer(config).to(encoder.log_mel.window.device)
 
-    def log_mel_and_square(waveform):
-        log_mel = encoder.log_mel(waveform)[:, 0]  # [B, T, F]
-        return torch.cat([log_mel, log_mel.square()], dim=2)  # whose means give mean and std
+    def log_mel_rows(waveform):
+        return encoder.log_mel(waveform).squeeze(1)  # [B, T, F]
 
-    views = {
-        "this encoder": encoder.rows,
-        "untrained": untrained.rows,
-        "log-mel": log_mel_and_square,
-    }
+    yield View("log-mel", encoder, log_mel_rows, config.mel_bins, add_std=True)
+    yield View(f"untrained, {args.bands}", untrained, untrained.rows, config.dim)
+    for path in args.checkpoints:
+        trained = load_encoder(path, args.bands, args.encoder).to(encoder.log_mel.window.device)
+        trained.amp = args.amp
+        name = f"{printable(path)}, {args.bands}"
+        yield View(name, trained, trained.rows, trained.network.config.dim)
+
+
+def run_probes(args, encoder, files):
+    """--probe: the accuracies of all views, as a table and as --json."""
+    read_task(args, [files.name(i) for i in range(len(files))])  # may refuse: before the work
     table = {}
-    for view, rows_of in views.items():
-        found = embed(encoder, rows_of, "attentive" in args.probe, files, args)
+    for view in views(args, encoder):
+        found = embed(view.encoder, view.rows_of, "attentive" in args.probe, files, args)
         labels, splits = read_task(args, [files.name(i) for i in found])
         pooled = torch.stack([embedding.mean for embedding in found.values()])  # [clips, K]
-        rows = [torch.cat(embedding.rows) for embedding in found.values() if embedding.rows]
-        if view == "log-mel":
-            mean, square = pooled.chunk(2, dim=1)
-            pooled = torch.cat([mean, (square - mean**2).clamp(min=0).sqrt()], dim=1)
-            table[view] = accuracies(args.probe, pooled, rows, labels, splits)
-            continue
-        bands = (config.grid[1], config.dim)  # of a row
-        tokens = [row.reshape(-1, config.dim) for row in rows]
-        table[f"{view}, concat"] = accuracies(args.probe, pooled, tokens, labels, splits)
-        tokens = [row.unflatten(1, bands).mean(1) for row in rows]
-        pooled = pooled.unflatten(1, bands).mean(1)
-        table[f"{view}, mean"] = accuracies(args.probe, pooled, tokens, labels, splits)
+        if view.add_std:
+            stds = torch.stack([embedding.std for embedding in found.values()])
+            pooled = torch.cat([pooled, stds], dim=1)
+        tokens = []  # [L, token_width] of each clip
+        for embedding in found.values():
+            if embedding.rows:
+                tokens.append(torch.cat(embedding.rows).reshape(-1, view.token_width))
+        table[view.name] = accuracies(args.probe, pooled, tokens, labels, splits)
+
     train, valid, test = splits[0]
     about = {
         "data": printable(args.data),
-        "checkpoint": printable(args.checkpoint),
-        "step": encoder.step,
         "encoder": args.encoder,
+        "classes": 1 + int(labels.max()),
+        "folds": len(splits),
         "train": len(train),
         "valid": len(valid),
         "test": len(test),
-        "classes": 1 + int(labels.max()),
-        "folds": len(splits),
+        "chance": labels[test].bincount().max().item() / len(test),  # of one answer to all
     }
     print("  ".join(f"{name} {value}" for name, value in about.items()))
-    print(" " * 22, "".join(f"{probe:>12}" for probe in args.probe))
-    for view, row in table.items():
-        print(f"{view:22}", "".join(f"{accuracy:12.3f}" for accuracy in row.values()))
+    tested = sum(len(test) for _, _, test in splits)
+    widest = max(len(name) for name in table)
+    for name, row in table.items():
+        cells = [name.ljust(widest)]
+        for probe, accuracy in row.items():
+            tested = (
+                len(valid) if probe.endswith("valid") else sum(len(split[2]) for split in splits)
+            )
+            error = math.sqrt(accuracy * (1 - accuracy) / tested)  # binomial, of the test split
+            cells.append(f"{probe} {accuracy:.3f} ± {error:.3f}")
+        print("   ".join(cells))
     if args.json:
         with whole_file(args.json) as file:
             file.write(json.dumps(about | {"accuracy": table}).encode())
 
 
 def accuracies(probes, pooled, tokens, labels, splits):
-    """Accuracy of each probe, mean over folds. pooled [clips, K], tokens [L, K] of each clip."""
+    """Accuracy of each probe on the test split, and on the valid split if there is one, which is
+    there to choose by; means over folds. pooled [clips, K], tokens [L, K] of each clip."""
     classes = 1 + int(labels.max())
-    row = {}
+    of_folds = defaultdict(list)
     for probe in probes:
-        of_folds = []
         for split in splits:
+            train, valid, test = split
             if probe == "linear":
-                accuracy = train_probe(pooled.unsqueeze(1), False, labels, classes, *split)
+                one_token = pooled.unsqueeze(1)
+                on_valid, on_test = train_probe(one_token, False, labels, classes, *split)
             elif probe == "attentive":
-                accuracy = train_probe(tokens, True, labels, classes, *split)
+                on_valid, on_test = train_probe(tokens, True, labels, classes, *split)
             else:
-                accuracy = knn(probe, pooled, labels, classes, split[0], split[2])
-            of_folds.append(accuracy)
-        row[probe] = sum(of_folds) / len(of_folds)
-    return row
+                on_valid = knn(probe, pooled, labels, classes, train, valid)
+                on_test = knn(probe, pooled, labels, classes, train, test)
+            of_folds[probe].append(on_test)
+            if len(valid) > 0:
+                of_folds[f"{probe} valid"].append(on_valid)
+    return {name: sum(answers) / len(answers) for name, answers in of_folds.items()}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -511,10 +533,15 @@ class AuthorsLogMel(LogMel):
 def parse_args(argv):
     parser = OneLineParser(description="Embeddings and probes of a frozen encoder.")
     add = parser.add_argument
-    add("checkpoint", help="last.pt or step-*.pt of train.py, or the authors' file")
+    add(
+        "checkpoints",
+        nargs="+",
+        metavar="checkpoint",
+        help="last.pt or step-*.pt of train.py, or the authors' file; --probe compares several",
+    )
     add("data", help="as --data of train.py, but not packed; for --probe, folders by label")
     add("--out", metavar="FILE.npz", help="write embeddings")
-    add("--bands", choices=["concat", "mean"], default="concat", help="of --out: bands of a column")
+    add("--bands", choices=["concat", "mean"], default="concat", help="the bands of a column")
     add(
         "--pool", choices=["clip", "time"], default="clip", help="a row a recording, or each 625 ms"
     )
@@ -529,6 +556,8 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if bool(args.out) == bool(args.probe):
         parser.error("name one thing to do: --out FILE.npz or --probe")
+    if args.out and len(args.checkpoints) > 1:
+        parser.error("--out takes one checkpoint")
     if args.out and (args.json or args.folds):
         parser.error("--json and --folds go with --probe")
     for path in (args.out, args.json):
@@ -536,30 +565,26 @@ def parse_args(argv):
             continue
         if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
             parser.error(f"{path}: wanted is a file in a folder that exists")
-    if args.probe and launched_processes().count > 1:
-        parser.error("--probe runs in one process")
+    if launched_processes().count > 1:
+        parser.error("extract.py runs in one process")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    processes = launched_processes()
+    device = choose_device(launched_processes())
     try:
-        device = choose_device(processes)
-        encoder = load_encoder(args.checkpoint, args.bands, args.encoder).to(device)
+        encoder = load_encoder(args.checkpoints[0], args.bands, args.encoder).to(device)
         encoder.amp = args.amp
         files = AudioClips(args.data, encoder.sampling_rate).source
         if not isinstance(files, AudioFiles):
             raise ValueError(f"{args.data}: is packed; embeddings are made of audio")
-        start_processes(processes, torch.device("cpu"))  # they exchange what is in memory
         if args.probe:
             run_probes(args, encoder, files)
         else:
             save_embeddings(args, encoder, files)
-        end_processes()
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)  # whichever process has met it
-        sys.exit(2)
+        fail(error)
 
 
 if __name__ == "__main__":

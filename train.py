@@ -213,7 +213,7 @@ def main(argv: list[str] | None = None) -> None:
             out.mkdir(parents=True, exist_ok=True)
             checkpoint = None if args.benchmark else find_checkpoint(out)
             first_weights = read_first_weights(args, checkpoint)
-            clips = open_clips(args, checkpoint)
+            clips = open_clips(args)
         except (OSError, ValueError) as error:
             fail(error)
 
@@ -277,9 +277,6 @@ def main(argv: list[str] | None = None) -> None:
         if is_first:
             print(describe(run, clips, processes, progress))
             cut_log(out / "log.csv", progress.step)
-            if checkpoint is None and args.data is not None:
-                with whole_file(out / "index.npy") as file:
-                    np.save(file, clips.source.entries)
 
         # Loop
         steps = range(progress.step, args.steps)
@@ -494,7 +491,6 @@ def save(run, progress, settings, out, keep):
         "config": {"model": vars(run.model.config), "log_mel": run.log_mel.config},
         "progress": vars(progress),
         "settings": settings,
-        "data": os.path.abspath(run.args.data or ""),
     }
     for name, part in parts_of(run).items():
         checkpoint[name] = part.state_dict()
@@ -624,33 +620,24 @@ def start_from(run, first_weights):
 # ---- Data of a run
 
 
-def open_clips(args, checkpoint) -> Clips:
-    """What --data names. A run that is continued keeps to the recordings that it began with, also
-    if there are more by now. ValueError says what is wrong."""
+def open_clips(args) -> Clips:
+    """What --data names. ValueError says what is wrong with it."""
     if args.data is None:
         return SyntheticClips(args.sample_rate, args.clip_seconds, args.seed)
-    entries = None
-    index = Path(args.out) / "index.npy"
-    if checkpoint is not None and index.exists():
-        if checkpoint["data"] == os.path.abspath(args.data):
-            entries = np.load(index, mmap_mode="r")
-    return AudioClips(args.data, args.sample_rate, args.clip_seconds, args.seed, entries)
+    return AudioClips(args.data, args.sample_rate, args.clip_seconds, args.seed)
 
 
 def note_bad_files(path, batches):
     """Name what could not be read, each recording once; stop where there is nothing else."""
-    known = ""
-    if path.exists():
-        known = path.read_text()
     for batch in batches:
         for name, reason in batch.bad:
             line = f"{printable(name)}\t{printable(reason)}\n"
-            if line not in known:
-                known += line
+            if not path.exists() or line not in path.read_text():
                 with open(path, "a") as file:
                     file.write(line)
         if batch.clip is None:
-            fail(f"ten recordings in a row cannot be used, at last {line}", 1)
+            name, reason = batch.bad[-1]
+            fail(f"ten recordings in a row cannot be used, at last {printable(name)}: {reason}", 1)
 
 
 def stop_if_hopeless(progress, out):
@@ -844,9 +831,6 @@ def benchmark(run, clips, processes):
     def read():
         return [next(batches).clip.to(run.device) for _ in range(args.accum)]
 
-    waveforms = read()
-    frames = [run.log_mel(part).squeeze(1) for part in waveforms]  # a step only normalises these
-
     def seconds(work, repeat=1):
         def work_to_its_end():
             work()
@@ -856,27 +840,25 @@ def benchmark(run, clips, processes):
         times = timeit.repeat(work_to_its_end, number=repeat, repeat=8)
         return float(np.median(times[3:])) / repeat  # the first three warm up
 
+    waveforms = read()
+    frames = [run.log_mel(part).squeeze(1) for part in waveforms]  # a step only normalises these
     seconds(lambda: train_step(run, next(steps), frames))  # meets masks of many sizes in memory
     args.mask_ratio = [0.5, 0.5]  # from here on all steps are alike
     workers = max(args.workers, 1)  # each delivers in its turn, so we time whole rounds
-    size = 4096 if run.device.type == "cpu" else 8192
-    matrix = torch.randn(size, size, device=run.device, dtype=run.precision)
     times = {
         "reading": seconds(read, 5 * workers),
         "log-mel": seconds(lambda: [run.log_mel(part) for part in waveforms]),
         "step alone": seconds(lambda: train_step(run, next(steps), frames)),
         "all together": seconds(lambda: train_step(run, next(steps), read()), workers),
     }
-    peak = 2 * size**3 / seconds(lambda: matrix @ matrix) / 1e12
-    gflops = args.batch_size / processes.count * sum(gflops_per_clip(run.model.config).values())
-    tflops = gflops / times["step alone"] / 1e3
     if processes.rank == 0:
         print(
-            f"{args.model}, batch {args.batch_size}, {run.precision}, {processes.count} processes"
+            f"{args.model}, batch {args.batch_size}, {run.precision}, processes {processes.count}"
         )
         for name, time_of_batch in times.items():
             print(f"{name:>14}  {args.batch_size / time_of_batch:10.1f} clips/s")
-        print(f"step alone: {tflops:.2f} TFLOP/s a process, of {peak:.2f} in a matrix product")
+        gflops = args.batch_size * sum(gflops_per_clip(run.model.config).values())
+        print(f"step alone: {gflops / times['step alone'] / 1e3:.2f} TFLOP/s")
         print(f"peak memory {memory_gib(run.device):.2f} GiB")
 
 
