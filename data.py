@@ -114,7 +114,8 @@ class LogMel(nn.Module):
         """Raw log-mel: [B, samples], at least a window -> [B, round(samples / hop), F]."""
         x = self.cut(waveform)  # [B, T, window]
         x = x - x.mean(dim=2, keepdim=True)
-        x = x[..., 1:] - 0.97 * x[..., :-1]  # pre-emphasis; the window is 0 at the sample it costs
+        # Pre-emphasis. It costs a frame its first sample, where the window is 0 anyway.
+        x = x[..., 1:] - 0.97 * x[..., :-1]
         spectrum = torch.fft.rfft(x * self.window[1:], n=self.fft_length)
         power = spectrum.real.square() + spectrum.imag.square()  # [B, T, fft / 2 + 1]
         mel = power[..., :-1] @ self.filters  # [B, T, F]; Kaldi leaves the last bin out
@@ -134,9 +135,11 @@ class LogMel(nn.Module):
         # In fp32 whatever surrounds it: powers overflow fp16, and bf16 cannot tell them apart.
         with torch.autocast(clips.device.type, enabled=False):
             if clips.ndim == 2:
-                clips = clips.float()
-                at_once = 1 if clips.device.type == "cpu" else len(clips)  # what fits its caches
-                clips = torch.cat([self.frames(part) for part in clips.split(at_once)])
+                waveforms = clips.float()
+                parts = [waveforms]
+                if clips.device.type == "cpu":
+                    parts = waveforms.split(1)  # what a clip needs fits the caches of a CPU
+                clips = torch.cat([self.frames(part) for part in parts])
             normalised = (clips.float() - self.mean) / self.std
             return normalised.unsqueeze(1)
 
@@ -147,11 +150,11 @@ def measure_mean_std(clips, log_mel: LogMel, device, workers: int) -> tuple[floa
     They are two numbers for the whole set, as in AST and AudioMAE, and not two for each band.
     ValueError if none of those clips can be read.
     """
-    order = clip_order(len(clips), clips.seed, 16, range(16), [slice(0, 16)])
+    order = clip_order(len(clips), clips.seed, batch_size=16, steps=range(16), rows=[slice(0, 16)])
     log_mels = []
     for batch in clip_loader(clips, order, workers):
-        if batch.clip is not None:
-            log_mels.append(log_mel(batch.clip.to(device)).cpu())
+        if batch.audio is not None:
+            log_mels.append(log_mel(batch.audio.to(device)).cpu())
     if not log_mels:
         raise ValueError("none of the first 256 clips can be used: python data.py scan says why")
     std, mean = torch.std_mean(torch.cat(log_mels).double())
@@ -217,19 +220,21 @@ class AudioFiles(Recordings):
     def window(self, i, length, rng):
         with self.open(i) as sound:
             rate = sound.samplerate
-            promised = sound.frames
+            promised = sound.frames  # by the header
             count = math.ceil(length * rate / self.rate)
-            place = 0.0  # of the window in the recording: 0 is the start, 1 as late as it fits
-            if promised > count:
+            spare = max(promised - count, 0)
+            place = 0.0  # of the window: 0 is at the start, 1 as late as it fits
+            if spare > 0:
                 place = rng.random()
-            start = int(place * (promised - count + 1))
+            start = int(place * (spare + 1))
             waveform = decode(sound, start, count)
         if len(waveform) < count < promised:
             # The header promises more than there is, or does not know (a stream). Then we decode
             # all there is, and take the window from the same place in that.
             with self.open(i) as sound:
                 waveform = decode(sound, 0, promised)
-            start = max(int(place * (len(waveform) - count + 1)), 0)
+            spare = max(len(waveform) - count, 0)
+            start = int(place * (spare + 1))
             waveform = waveform[start : start + count]
         if len(waveform) == 0:
             raise ValueError("nothing in it can be decoded")
@@ -276,7 +281,7 @@ class PackedFrames(Recordings):
 @functools.cache
 def map_shard(path):
     """The frames [T, F] of a packed file: mapped, not read. Unlike numpy, torch keeps no file open
-    for this, and AudioSet has 2000 of them."""
+    for this."""
     numbers = os.path.getsize(path) // 2
     flat = torch.from_file(os.fsdecode(path), shared=False, size=numbers, dtype=torch.float16)
     return flat.numpy().reshape(-1, MEL_BINS)
@@ -323,7 +328,7 @@ class SyntheticSounds:
 class Reading(NamedTuple):
     """A clip, or a batch of them, and what reading it took."""
 
-    clip: np.ndarray | torch.Tensor | None  # None: ten recordings in a row cannot be used
+    audio: np.ndarray | torch.Tensor | None  # None: ten recordings in a row cannot be used
     reads: int  # recordings that were opened
     bad: list[tuple[str, str]]  # (name, reason) of those that could not be used
 
@@ -354,15 +359,16 @@ class Clips(Dataset):
     def __getitem__(self, i: int) -> torch.Tensor:
         if not 0 <= i < len(self):
             raise IndexError(i)
-        clip, reads, bad = self.read(self.epoch, int(i))
-        if clip is None:
+        audio, reads, bad = self.read(self.epoch, int(i))
+        if audio is None:
             name, reason = bad[-1]
             raise RuntimeError(
                 f"{reads} recordings in a row cannot be used, at last {name}: {reason}"
             )
-        return torch.tensor(clip)  # a copy: frames of a packed file are not the reader's to change
+        return torch.tensor(audio)  # a copy: frames of a packed file are not the reader's to change
 
     def read(self, epoch: int, i: int) -> Reading:
+        """Clip i of an epoch, as a Reading: what clip_loader calls, and so training."""
         rng = random.Random(f"clip {i} of epoch {epoch}, seed {self.seed}")
         parts = []
         bad = []
@@ -475,7 +481,7 @@ def collate(readings):
     bad = []
     for reading in readings:
         bad += reading.bad
-    clips = [reading.clip for reading in readings]
+    clips = [reading.audio for reading in readings]
     if any(clip is None for clip in clips):
         return Reading(None, reads, bad)
     batch = torch.from_numpy(np.stack(clips))
@@ -488,23 +494,6 @@ def collate(readings):
             hint = "docker run --shm-size=8g gives more, --workers 0 needs none"
             raise OSError(f"no shared memory for a batch: {hint} ({error})") from None
     return Reading(batch, reads, bad)
-
-
-def leave_signals_to_the_main_process(_):
-    """Ctrl-C and Slurm signal all processes of a run. A worker must not die of that, as the main
-    process needs it to finish its step. It does die of a SIGTERM from the main process itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=die_with_the_main_process, daemon=True).start()
-
-
-def die_with_the_main_process():
-    sender = None
-    while sender != os.getppid():
-        sender = signal.sigwaitinfo([signal.SIGTERM]).si_pid
-    os._exit(0)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -584,11 +573,10 @@ def read_list(path):
     if names and os.path.isdir(os.path.join(folder, names[0])):  # fairseq: a root, paths below it
         names = [os.path.join(names[0], name) for name in names[1:]]
     missing = [name for name in names if not os.path.isfile(os.path.join(folder, name))]
-    is_table = not path.lower().endswith(b".txt")
-    if is_table and missing and not names[0].lower().endswith((*AUDIO, b".tar")):
-        if missing[0] == names[0]:  # a header
-            missing = missing[1:]
-            names = names[1:]
+    has_header = bool(missing) and missing[0] == names[0] and not path.lower().endswith(b".txt")
+    if has_header and not names[0].lower().endswith((*AUDIO, b".tar")):  # a title, and no sound
+        missing = missing[1:]
+        names = names[1:]
     if missing:
         count = f"{len(missing)} of its {len(names)} files do not exist"
         raise ValueError(f"{printable(path)}: {count}, as {printable(missing[0])}; {WANTED}")
@@ -711,6 +699,23 @@ def whole_file(path: str | os.PathLike):
             os.remove(temporary)
         reason = error.__context__ or error  # torch hides what the disk said
         raise OSError(f"cannot write {path}: {reason}; what was there before is kept") from error
+
+
+def leave_signals_to_the_main_process(_):
+    """Ctrl-C and Slurm signal all processes of a run. A worker must not die of that, as the main
+    process needs it to finish its step. It does die of a SIGTERM from the main process itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=die_with_the_main_process, daemon=True).start()
+
+
+def die_with_the_main_process():
+    sender = None
+    while sender != os.getppid():
+        sender = signal.sigwaitinfo([signal.SIGTERM]).si_pid
+    os._exit(0)
 
 
 # ------------------------------------------------------------------------------------------------

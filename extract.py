@@ -5,11 +5,11 @@
     python extract.py CHECKPOINT DATA --probe knn linear     accuracies on train|test/LABEL/*
 
 A recording is cut into windows as long as a training clip (10 s), the last one filled with silence.
-A window gives 16 columns of 625 ms; a column holds 8 tokens, one for each band of frequencies. Only
-columns that the recording reaches into are used.
+A window gives 16 rows, one for each 625 ms; a row is made of 8 tokens, one for each band of
+frequencies. Only rows that the recording reaches into are used.
 
 Letters in the shape comments: B windows, N tokens of a window, D encoder width, R rows of a window
-(columns, or log-mel frames), K numbers in a row, L tokens of a recording.
+(of an encoder, or the frames of a log-mel), K numbers in a row, L tokens of a recording.
 """
 
 import copy
@@ -41,6 +41,7 @@ from data import whole_file
 from model import JEPAConfig
 from model import VisionTransformer
 from train import PRECISIONS
+from train import AuthorsLogMel
 from train import OneLineParser
 from train import choose_amp
 from train import choose_device
@@ -56,7 +57,7 @@ class AudioJEPAEncoder(nn.Module):
     (waveform [B, T], float, mono, at `sampling_rate` Hz) -> [B, R, output_dim], float32: a row each
     `hop_size_in_ms`, as many as the waveform reaches into.
 
-    `checkpoint`: of train.py, or the authors' file. `bands`: "concat" puts the 8 tokens of a column
+    `checkpoint`: of train.py, or the authors' file. `bands`: "concat" puts the 8 tokens of a row
     side by side, "mean" averages them. `which`: "target" or "context". X-ARES builds this class
     without arguments: then AUDIO_JEPA_CHECKPOINT and AUDIO_JEPA_BANDS are read.
 
@@ -88,20 +89,19 @@ class AudioJEPAEncoder(nn.Module):
         self.amp = "auto"  # or bf16, fp16, off
         self.sampling_rate = self.log_mel.sample_rate
         self.window = round(self.sampling_rate * self.log_mel.clip_seconds)  # samples
-        columns, tokens_of_column = config.grid
-        self.hop_size_in_ms = 1000 * self.log_mel.clip_seconds / columns
+        self.rows_per_window, tokens_of_row = config.grid
+        self.hop_size_in_ms = 1000 * self.log_mel.clip_seconds / self.rows_per_window
         self.output_dim = config.dim
         if bands == "concat":
-            self.output_dim = config.dim * tokens_of_column
+            self.output_dim = config.dim * tokens_of_row
 
     def rows(self, waveform: torch.Tensor) -> torch.Tensor:
-        """Windows [B, window] -> their columns [B, R, output_dim]."""
+        """Windows [B, window] -> their rows [B, R, output_dim]."""
         spectrogram = self.log_mel(waveform)
         dtype = self.network.pos_embed.dtype
         precision = PRECISIONS[choose_amp(self.amp, waveform.device.type)]
-        mixed = (
-            dtype == torch.float32 and precision != torch.float32
-        )  # else as .half() etc. left it
+        # A network that .half() and the like have cast stays as it is.
+        mixed = dtype == torch.float32 and precision != torch.float32
         with torch.autocast(waveform.device.type, precision, mixed):
             tokens = self.network(spectrogram.to(dtype))  # [B, N, D], time-major
         tokens = tokens.float().unflatten(1, self.network.config.grid)  # [B, R, 8, D]
@@ -118,8 +118,7 @@ class AudioJEPAEncoder(nn.Module):
         windows = F.pad(waveform, (0, -T % self.window)).reshape(-1, self.window)
         rows = [self.rows(some) for some in windows.split(32)]  # 10 minutes must fit into memory
         rows = torch.cat(rows).view(B, -1, self.output_dim)
-        columns = self.network.config.grid[0]
-        return rows[:, : math.ceil(T * columns / self.window)]
+        return rows[:, : math.ceil(T * self.rows_per_window / self.window)]
 
 
 def load_encoder(
@@ -233,6 +232,7 @@ def save_embeddings(args, encoder, files):
         "bands": args.bands,
         "pool": args.pool,
         "encoder": args.encoder,
+        "amp": choose_amp(args.amp, encoder.log_mel.window.device.type),
     }
     with whole_file(args.out) as file:
         np.savez(
@@ -317,8 +317,8 @@ def train_probe(tokens, attentive, labels, classes, train, valid, test):
     probe = Probe(tokens[0].shape[1], classes, attentive).to(device)
     optimizer = torch.optim.Adam(probe.parameters())
 
-    def logits(clips):
-        some = [tokens[clip] for clip in clips.tolist()]
+    def logits(batch):
+        some = [tokens[clip] for clip in batch.tolist()]
         lengths = torch.tensor([len(clip) for clip in some])
         padded = pad_sequence(some, batch_first=True)  # [B, L, K]
         padding = torch.arange(padded.shape[1]) >= lengths.unsqueeze(1)
@@ -327,15 +327,15 @@ def train_probe(tokens, attentive, labels, classes, train, valid, test):
     @torch.no_grad()
     def accuracy(split):
         right = 0
-        for clips in split.split(32):
-            right += (logits(clips).argmax(1) == labels[clips]).sum().item()
+        for batch in split.split(32):
+            right += (logits(batch).argmax(1) == labels[batch]).sum().item()
         return right / len(split)
 
     best = -1.0
     for epoch in range(10):
         optimizer.param_groups[0]["lr"] = 1e-3 * (0.55 + 0.45 * math.cos(math.pi * epoch / 10))
-        for clips in train[torch.randperm(len(train))].split(32):
-            F.cross_entropy(logits(clips), labels[clips]).backward()
+        for batch in train[torch.randperm(len(train))].split(32):
+            F.cross_entropy(logits(batch), labels[batch]).backward()
             optimizer.step()
             optimizer.zero_grad()
         now = accuracy(valid)
@@ -382,9 +382,8 @@ def read_task(args, names):
     splits = [split_of(folder[0]) if folder else None for folder in folders]
     has_splits = None not in splits or {"train", "test"} <= set(splits)  # "train" may be a class
     if has_splits and "test" not in splits:
-        splits = [
-            "test" if split == "valid" else split for split in splits
-        ]  # train/ and dev/ alone
+        # There are train/ and dev/ alone: then dev/ is the test.
+        splits = ["test" if split == "valid" else split for split in splits]
     if has_splits:
         folders = [folder[1:] for folder in folders]
         if args.folds or None in splits or not {"train", "test"} <= set(splits):
@@ -471,10 +470,7 @@ def run_probes(args, encoder, files):
     for name, row in table.items():
         cells = [name.ljust(widest)]
         for probe, accuracy in row.items():
-            tested = (
-                len(valid) if probe.endswith("valid") else sum(len(split[2]) for split in splits)
-            )
-            error = math.sqrt(accuracy * (1 - accuracy) / tested)  # binomial, of the test split
+            error = math.sqrt(accuracy * (1 - accuracy) / tested)  # binomial standard error
             cells.append(f"{probe} {accuracy:.3f} ± {error:.3f}")
         print("   ".join(cells))
     if args.json:
@@ -505,29 +501,6 @@ def accuracies(probes, pooled, tokens, labels, splits):
 
 
 # ------------------------------------------------------------------------------------------------
-# The front end of the weights that the authors released; train.py reads their file
-
-
-class AuthorsLogMel(LogMel):
-    """The front end of the authors' weights: a hop of 1243, a window of 3108, peak-normalised
-    waveforms, the 255 frames that lie inside the clip, and zeros for the 256th."""
-
-    def __init__(self):
-        super().__init__()
-        self.hop = 1243
-        self.window_length = 3108
-        self.window = torch.hann_window(self.window_length, periodic=False)
-
-    def cut(self, waveform):
-        return waveform.unfold(1, self.window_length, self.hop)
-
-    def frames(self, waveform):
-        peak = waveform.abs().amax(dim=1, keepdim=True).clamp(min=1e-6)
-        frames = super().frames(waveform / peak)
-        return F.pad(frames, (0, 0, 0, 1))
-
-
-# ------------------------------------------------------------------------------------------------
 
 
 def parse_args(argv):
@@ -541,7 +514,12 @@ def parse_args(argv):
     )
     add("data", help="as --data of train.py, but not packed; for --probe, folders by label")
     add("--out", metavar="FILE.npz", help="write embeddings")
-    add("--bands", choices=["concat", "mean"], default="concat", help="the bands of a column")
+    add(
+        "--bands",
+        choices=["concat", "mean"],
+        default="concat",
+        help="the tokens of a row: side by side, or their mean",
+    )
     add(
         "--pool", choices=["clip", "time"], default="clip", help="a row a recording, or each 625 ms"
     )
@@ -556,6 +534,8 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if bool(args.out) == bool(args.probe):
         parser.error("name one thing to do: --out FILE.npz or --probe")
+    if args.folds is not None and args.folds < 2:
+        parser.error(f"--folds {args.folds}: at least 2 are needed")
     if args.out and len(args.checkpoints) > 1:
         parser.error("--out takes one checkpoint")
     if args.out and (args.json or args.folds):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which patches are hidden (sec. IV.A), and the average that is the target encoder (eq. (3)).
+"""Which patches are masked (sec. IV.A), and the average that is the target encoder (eq. (3)).
 
 A mask is two tensors of patch numbers, never booleans: `context_idx` [B, C] are the visible
 patches of each clip, `target_idx` [B, M] the masked ones, and C + M = N. Patches are numbered
@@ -27,21 +27,21 @@ from torch import nn
 def random_mask(
     batch_size: int, grid: tuple[int, int], num_masked: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hide `num_masked` patches of each clip, drawn uniformly and anew for every clip.
+    """Mask `num_masked` patches of each clip, drawn uniformly and anew for every clip.
 
     This is the paper's masking. grid = (time, mel) in patches -> (context_idx [B, N - num_masked],
     target_idx [B, num_masked]), int64, on the generator's device, each row ascending. ValueError if
-    nothing would be hidden or nothing seen.
+    nothing would be masked or nothing visible.
     """
     num_patches = grid[0] * grid[1]
     noise = torch.rand(batch_size, num_patches, generator=generator, device=generator.device)
-    return hide_lowest(noise, num_masked)
+    return mask_lowest(noise, num_masked)
 
 
 def block_mask(
     batch_size: int, grid: tuple[int, int], num_masked: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hide rectangles of patches, in the manner of I-JEPA: what the paper found worse (sec. IV.A).
+    """Mask rectangles of patches, in the manner of I-JEPA: what the paper found worse (sec. IV.A).
 
     Arguments and answer are those of `random_mask`. Rectangles of 15 to 20 % of the grid are laid
     over each clip, one after another, until `num_masked` patches are covered; of the last one only
@@ -76,16 +76,16 @@ def block_mask(
     first = covers.float().argmax(1)  # [B, N]
     first = torch.where(covers.any(1), first, num_rectangles)  # bare patches come last
 
-    # Thin. Patches are hidden in the order of their rectangles. Noise adds a fraction to this whole
+    # Thin. Patches are masked in the order of their rectangles. Noise adds a fraction to this whole
     # number: it shuffles the patches of one rectangle, and never moves one into another rectangle.
     noise = torch.rand(batch_size, time * mel, generator=generator, device=device)
-    return hide_lowest(first + noise, num_masked)
+    return mask_lowest(first + noise, num_masked)
 
 
 MASKS = {"random": random_mask, "block": block_mask}
 
 
-def hide_lowest(scores: torch.Tensor, num_masked: int) -> tuple[torch.Tensor, torch.Tensor]:
+def mask_lowest(scores: torch.Tensor, num_masked: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Mask the `num_masked` patches of lowest score [B, N] -> (context_idx, target_idx)."""
     num_patches = scores.shape[1]
     if not 0 < num_masked < num_patches:
@@ -99,7 +99,7 @@ def hide_lowest(scores: torch.Tensor, num_masked: int) -> tuple[torch.Tensor, to
 
 
 def draw_masks(
-    mask,
+    mask_fn,
     seed: int,
     step: int,
     batch_size: int,
@@ -109,7 +109,7 @@ def draw_masks(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The masks of one step's batch -> (context_idx [B, C], target_idx [B, M]).
 
-    `mask` is one of the functions above. The masked share is drawn once a step from U(mask_ratio)
+    `mask_fn` is one of MASKS. The masked share is drawn once a step from U(mask_ratio)
     (sec. IV.A), so that all clips of the batch have equally many masked patches.
 
     For given sizes the answer is a pure function of (seed, step): it needs no random state from the
@@ -121,7 +121,7 @@ def draw_masks(
     num_masked = round(rng.uniform(*mask_ratio) * num_patches)
     num_masked = min(max(num_masked, 1), num_patches - 1)
     generator = torch.Generator(device).manual_seed(rng.getrandbits(63))
-    return mask(batch_size, grid, num_masked, generator)
+    return mask_fn(batch_size, grid, num_masked, generator)
 
 
 def ema_decay(step: int, steps: int, base: float = 0.996) -> float:
@@ -153,8 +153,8 @@ def update_ema(target: nn.Module, context: nn.Module, decay: float) -> None:
 if __name__ == "__main__":
     TIME = 16
     MEL = 8
-    for name, mask in MASKS.items():
-        _, target_idx = draw_masks(mask, 0, 0, 1, (TIME, MEL), (0.4, 0.6), "cpu")
+    for name, mask_fn in MASKS.items():
+        _, target_idx = draw_masks(mask_fn, 0, 0, 1, (TIME, MEL), (0.4, 0.6), "cpu")
         masked = set(target_idx[0].tolist())
         print(f"{name}: {len(masked)} of {TIME * MEL} masked (#); time to the right, mel up")
         for f in reversed(range(MEL)):

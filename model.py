@@ -32,7 +32,7 @@ class JEPAConfig:
 
     time_bins: int = 256  # spectrogram frames in a clip
     mel_bins: int = 128
-    patch_size: int = 16
+    patch_size: int | tuple[int, int] = 16  # frames and mel bands, or one number for both
     dim: int = 768
     depth: int = 12
     heads: int = 12
@@ -43,21 +43,27 @@ class JEPAConfig:
 
     def __post_init__(self):
         must_divide = [
-            ("time_bins", "patch_size"),
-            ("mel_bins", "patch_size"),
-            ("dim", "heads"),
-            ("predictor_dim", "predictor_heads"),
+            ("time_bins", self.patch[0], "frames of a patch"),
+            ("mel_bins", self.patch[1], "bands of a patch"),
+            ("dim", self.heads, "heads"),
+            ("predictor_dim", self.predictor_heads, "heads of the predictor"),
         ]
-        for whole, part in must_divide:
-            size = getattr(self, whole)
-            divisor = getattr(self, part)
+        for name, divisor, what in must_divide:
+            size = getattr(self, name)
             if size % divisor != 0:
-                raise ValueError(f"{whole} = {size} is not a multiple of {part} = {divisor}")
+                raise ValueError(f"{name} = {size} is not a multiple of the {divisor} {what}")
+
+    @property
+    def patch(self) -> tuple[int, int]:
+        """(frames, mel bands) of a patch"""
+        if isinstance(self.patch_size, int):
+            return self.patch_size, self.patch_size
+        return self.patch_size
 
     @property
     def grid(self) -> tuple[int, int]:
         """(patches in time, patches in mel)"""
-        return self.time_bins // self.patch_size, self.mel_bins // self.patch_size
+        return self.time_bins // self.patch[0], self.mel_bins // self.patch[1]
 
 
 PRESETS = {
@@ -114,7 +120,8 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, L, D / H]
         if x.device.type == "cpu":
             # The same as below in plain steps: on a CPU the fused one is slower than these.
-            scores = q * q.shape[-1] ** -0.5 @ k.mT  # [B, H, L, L]
+            scale = (D // self.heads) ** -0.5
+            scores = (scale * q) @ k.mT  # [B, H, L, L]
             x = scores.softmax(dim=-1) @ v
         else:
             x = F.scaled_dot_product_attention(q, k, v)  # never stores the [L, L] scores
@@ -155,7 +162,8 @@ def init_weights(network: nn.Module) -> None:
     """Truncated normal of std 0.02, zero biases, unit norms.
 
     Each block adds to the residual stream twice. The two projections that write block i = 1, 2, ...
-    into it are divided by sqrt(2 i), so that its variance grows with log(depth), not with depth.
+    into it are divided by sqrt(2 i), so that its variance grows as 1 + 1/2 + 1/3 + ..., with the
+    logarithm of the depth and not with the depth.
     """
     for module in network.modules():
         if isinstance(module, nn.Linear):
@@ -177,7 +185,7 @@ class VisionTransformer(nn.Module):
     def __init__(self, config: JEPAConfig):
         super().__init__()
         self.config = config
-        self.patch_embed = nn.Linear(config.patch_size**2, config.dim)
+        self.patch_embed = nn.Linear(math.prod(config.patch), config.dim)
         self.register_buffer("pos_embed", sincos_positions(config.dim, config.grid))  # [N, D]
         blocks = [Block(config.dim, config.heads, config.mlp_ratio) for _ in range(config.depth)]
         self.blocks = nn.ModuleList(blocks)
@@ -185,16 +193,17 @@ class VisionTransformer(nn.Module):
         init_weights(self)
 
     def patchify(self, spectrogram):
-        """[B, 1, T, F] -> [B, N, patch_size^2], time-major: token = t * mel_patches + f."""
+        """[B, 1, T, F] -> [B, N, patch], time-major: token = t * mel_patches + f."""
         B, _, time, mel = spectrogram.shape
         config = self.config
         if (time, mel) != (config.time_bins, config.mel_bins):
             wanted = f"{config.time_bins} x {config.mel_bins}"
             raise ValueError(f"a spectrogram of {time} x {mel}, this encoder takes {wanted}")
-        size = config.patch_size
-        patches = spectrogram.reshape(B, time // size, size, mel // size, size)  # [B, t, 16, f, 16]
+        patch_time, patch_mel = config.patch
+        t, f = config.grid
+        patches = spectrogram.reshape(B, t, patch_time, f, patch_mel)
         patches = patches.transpose(2, 3)  # [B, t, f, 16, 16]
-        return patches.reshape(B, -1, size * size)
+        return patches.reshape(B, t * f, patch_time * patch_mel)
 
     def forward(self, spectrogram, context_idx=None):
         patches = self.patchify(spectrogram)  # [B, N, 256]
@@ -273,8 +282,9 @@ LOSSES = {"l2": l2_loss, "smooth_l1": smooth_l1_loss, "cosine": cosine_loss}
 def normalise_targets(targets: torch.Tensor) -> torch.Tensor:
     """Give each target token mean 0 and variance 1 over its features: [B, N, D] -> the same, fp32.
 
-    Why: the last LayerNorm of the encoder has a learned scale. Shrinking it would bring all targets
-    close to 0, and a prediction of 0 close to them: the loss would fall for free.
+    Why: the last LayerNorm of the encoder has a learned scale, which nothing holds in place. The
+    targets follow it, through the moving average. As it shrinks, so do the targets and their
+    distance to any prediction: the loss would fall without anything being learned.
     """
     return F.layer_norm(targets.float(), targets.shape[-1:])
 
@@ -300,9 +310,9 @@ class JEPA(nn.Module):
         # two encoders would meet where it costs least: every clip mapped to one constant, which is
         # predicted without error and says nothing (collapse). `train_step` runs the target encoder
         # under no_grad, for the same end; `detach` holds whoever calls this.
-        targets = normalise_targets(targets.detach())
-        targets = gather_tokens(targets, target_idx)  # [B, M, D], f_tgt(x)_j for j in M
-        return self.loss(predictions.float(), targets)
+        normalised = normalise_targets(targets.detach())  # [B, N, D]
+        wanted = gather_tokens(normalised, target_idx)  # [B, M, D], f_tgt(x)_j for j in M
+        return self.loss(predictions.float(), wanted)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -324,7 +334,7 @@ def gflops_per_clip(config: JEPAConfig, masked_share: float = 0.5) -> dict[str, 
         return 2 * depth * tokens * (weights + attention)
 
     def encoder(tokens):
-        patch_embed = 2 * tokens * config.patch_size**2 * config.dim
+        patch_embed = 2 * tokens * math.prod(config.patch) * config.dim
         return patch_embed + blocks(config.depth, config.dim, tokens)
 
     def predictor():

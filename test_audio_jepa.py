@@ -623,7 +623,7 @@ def test_every_format_is_read_and_its_channels_averaged(tmp_path, suffix, contai
     left = tone(2, 48000)
     stereo = np.stack([left, left / 2], axis=1)
     soundfile.write(tmp_path / f"x.{suffix}", stereo, 48000, subtype, format=container)
-    clip = data.AudioClips(tmp_path, 48000, clip_seconds=1.0).read(0, 0).clip
+    clip = data.AudioClips(tmp_path, 48000, clip_seconds=1.0).read(0, 0).audio
     assert np.abs(np.fft.rfft(clip)).argmax() == 440
     assert clip.std() == pytest.approx(0.75 * left.std(), rel=0.02)
 
@@ -699,13 +699,13 @@ def test_a_clip_is_a_pure_function_of_seed_epoch_and_number(tmp_path, kind):
         return data.SyntheticClips(clip_seconds=1.25, seed=seed)
 
     corpus(tmp_path / "c")
-    clip = make(seed=7).read(3, 2).clip
+    clip = make(seed=7).read(3, 2).audio
     clips = make(seed=7)
     clips.read(4, 5)  # what was read before does not matter
-    assert np.array_equal(clips.read(3, 2).clip, clip)
-    assert not np.array_equal(clips.read(4, 2).clip, clip)
-    assert not np.array_equal(clips.read(3, 1).clip, clip)
-    assert not np.array_equal(make(seed=8).read(3, 2).clip, clip)
+    assert np.array_equal(clips.read(3, 2).audio, clip)
+    assert not np.array_equal(clips.read(4, 2).audio, clip)
+    assert not np.array_equal(clips.read(3, 1).audio, clip)
+    assert not np.array_equal(make(seed=8).read(3, 2).audio, clip)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -805,7 +805,7 @@ def test_batches_do_not_depend_on_the_number_of_workers(tmp_path):
     with_two = list(data.clip_loader(clips, order, workers=2))
     assert len(without) == len(with_two) == 6
     for a, b in zip(without, with_two, strict=True):
-        assert torch.equal(a.clip, b.clip)
+        assert torch.equal(a.audio, b.audio)
         assert (a.reads, a.bad) == (b.reads, b.bad)
     assert any(batch.bad for batch in without)
 
@@ -895,7 +895,7 @@ def make_run(*flags):
         rows=train.rows_of_process(args.batch_size, args.accum, 0, 1),
         log_mel=data.LogMel(time_bins=32, clip_seconds=1.25),
         model=jepa,
-        trained=jepa,
+        ddp_model=jepa,
         target_encoder=VisionTransformer(config),  # unlike the context encoder
         optimizer=train.make_optimizer(jepa, args.weight_decay),
         scaler=torch.amp.GradScaler("cpu", enabled=False),

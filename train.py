@@ -98,7 +98,7 @@ class Run:
     rows: list[slice]  # of this process, see rows_of_process
     log_mel: LogMel
     model: JEPA  # context encoder and predictor: what gradient descent trains
-    trained: nn.Module  # the same, inside DDP if there are several processes
+    ddp_model: nn.Module  # the same, inside DDP if there are several processes
     target_encoder: VisionTransformer
     optimizer: torch.optim.AdamW
     scaler: torch.amp.GradScaler  # for fp16 alone; else it does nothing
@@ -135,16 +135,17 @@ def train_step(run: Run, step: int, clips: list[torch.Tensor]) -> StepResult:
 
         # DDP averages the gradients of all processes during `backward`. Until the last micro-batch
         # they only add up in each process: one average of the sum is the same, and costs less.
-        run.trained.require_backward_grad_sync = micro == args.accum - 1
+        # (In a single process there is no DDP, and nobody reads this.)
+        run.ddp_model.require_backward_grad_sync = micro == args.accum - 1
 
         mixed = run.precision != torch.float32
         with torch.autocast(run.device.type, dtype=run.precision, enabled=mixed):
-            # 2. Targets. The target encoder sees the whole clip. Nothing of this is kept for a
-            # backward pass: that is the stop-gradient (see JEPA.forward for the reason).
+            # 2. Targets. The target encoder sees the whole clip. It needs no backward pass, as the
+            # gradient stops before the targets anyway: see the stop-gradient in JEPA.forward.
             with torch.no_grad():
                 targets = run.target_encoder(spectrogram)  # [B, N, D]
             # 3. Context, prediction, loss.
-            loss = run.trained(spectrogram, context_idx[rows], target_idx[rows], targets)
+            loss = run.ddp_model(spectrogram, context_idx[rows], target_idx[rows], targets)
         run.scaler.scale(loss / args.accum).backward()
         losses.append(loss.detach())
         all_targets.append(targets)
@@ -219,7 +220,7 @@ def main(argv: list[str] | None = None) -> None:
 
         # Processes
         start_processes(processes, device)
-        amp = choose_amp(args.amp, device.type, checkpoint)
+        amp = from_first_process(choose_amp(args.amp, device.type, checkpoint))
         precision = PRECISIONS[amp]
         settings = settings_of(args, clips, amp)
 
@@ -233,9 +234,9 @@ def main(argv: list[str] | None = None) -> None:
         # The target encoder stays outside DDP, which is there to average gradients, and it has
         # none. Its copies stay identical all the same: they start alike, and each of them follows
         # a context encoder that DDP keeps identical.
-        trained = model
+        ddp_model = model
         if processes.count > 1:
-            trained = DistributedDataParallel(
+            ddp_model = DistributedDataParallel(
                 model,
                 broadcast_buffers=False,  # they are position tables, which never change
                 gradient_as_bucket_view=True,  # saves a copy of all gradients
@@ -252,7 +253,7 @@ def main(argv: list[str] | None = None) -> None:
             rows=rows,
             log_mel=log_mel,
             model=model,
-            trained=trained,
+            ddp_model=ddp_model,
             target_encoder=target_encoder,
             optimizer=optimizer,
             scaler=scaler,
@@ -282,29 +283,30 @@ def main(argv: list[str] | None = None) -> None:
         steps = range(progress.step, args.steps)
         order = clip_order(len(clips), args.seed, args.batch_size, steps, rows)
         batches = iter(clip_loader(clips, order, args.workers, pin_memory=device.type == "cuda"))
+        show_bar = is_first and sys.stderr.isatty()
         saved = time.monotonic()
-        hide_bar = None if is_first else True  # None: tqdm shows it if there is a terminal
-        for step in tqdm(steps, initial=progress.step, total=args.steps, disable=hide_bar):
+        bar = tqdm(steps, initial=progress.step, total=args.steps, disable=not show_bar)
+        for step in bar:
             began = time.perf_counter()
             micro_batches = [next(batches) for _ in range(args.accum)]
             waited = time.perf_counter() - began
             note_bad_files(out / "bad_files.txt", micro_batches)
-            result = train_step(run, step, [batch.clip for batch in micro_batches])
+            result = train_step(run, step, [batch.audio for batch in micro_batches])
 
             # What all processes have to know: the mean loss, and whether anyone is asked to stop.
             reads = sum(batch.reads for batch in micro_batches)
             bad = sum(len(batch.bad) for batch in micro_batches)
-            report = [result.loss / processes.count, reads, bad, stop.requested]
-            report = sum_over_processes(torch.tensor(report, device=device))
-            loss, reads, bad, stops = report.tolist()
+            ours = [result.loss / processes.count, reads, bad, stop.requested]
+            of_all = sum_over_processes(torch.tensor(ours, device=device))
+            mean_loss, all_reads, all_bad, stops = of_all.tolist()
 
             progress.step = step + 1
-            progress.reads += int(reads)
-            progress.bad += int(bad)
+            progress.reads += int(all_reads)
+            progress.bad += int(all_bad)
             progress.seconds += time.perf_counter() - began
             progress.waited += waited
             if math.isfinite(result.grad_norm):
-                progress.losses.append(loss)
+                progress.losses.append(mean_loss)
                 progress.skipped_in_a_row = 0
             else:
                 progress.skipped += 1
@@ -313,7 +315,7 @@ def main(argv: list[str] | None = None) -> None:
 
             is_last = progress.step == args.steps or stops > 0
             if progress.step % args.log_every == 0 or progress.step in (1, args.steps):
-                row = log_row(run, progress, result, loss, len(clips))  # compares all processes
+                row = log_row(run, progress, result, mean_loss, len(clips))
                 if is_first:
                     write_row(out / "log.csv", row)
                 progress.start_interval()
@@ -352,8 +354,9 @@ def monitors(targets: torch.Tensor) -> dict[str, float]:
     """
     token_std = mean_over_processes(targets.std(1, correction=0).mean()).item()
     pooled = gather_from_processes(targets.mean(1)).cpu().double()
-    if not pooled.isfinite().all():
-        pooled = torch.zeros_like(pooled)  # of a step that was skipped
+    if not pooled.isfinite().all():  # of a step that was skipped
+        names = ("token_std", "target_std", "effective_rank", "mean_cosine")
+        return dict.fromkeys(names, math.nan)
     clips = len(pooled)
     singular = torch.linalg.svdvals(pooled - pooled.mean(0))
     singular = singular[singular > 1e-6 * pooled.norm()]  # the rest is rounding
@@ -392,7 +395,7 @@ def log_row(run, progress, result, loss, num_clips):
     """A line of the log. All processes call this together, as they compare their targets."""
     args = run.args
     step = progress.step - 1
-    steps = progress.step - progress.first_step
+    interval_steps = progress.step - progress.first_step
     seconds = progress.seconds - progress.first_second
     return {
         "step": progress.step,
@@ -405,7 +408,7 @@ def log_row(run, progress, result, loss, num_clips):
         "masked": result.target_idx.shape[1],
         "grad_norm": result.grad_norm,
         **monitors(result.targets),
-        "clips_per_s": steps * args.batch_size / seconds,
+        "clips_per_s": interval_steps * args.batch_size / seconds,
         "data_wait": progress.waited / seconds,
         "memory_gib": memory_gib(run.device),
         "bad_files": progress.bad,
@@ -426,7 +429,7 @@ def write_row(path, row):
 
 def cut_log(path, step):
     """Drop the lines of steps that will be logged again, and half a line at the end."""
-    if step == 0 or not path.exists():
+    if step == 0 or not path.exists() or path.stat().st_size == 0:
         path.unlink(missing_ok=True)
         return
     header, *rows = path.read_text().splitlines(keepends=True)
@@ -533,6 +536,9 @@ def load_networks(path):
             raise refusal from None
 
 
+# ---- The authors' file
+
+
 class Inert:
     """Stands for the objects that Lightning stores beside the weights: none is executed."""
 
@@ -569,6 +575,28 @@ def load_authors_file(path):
         "target_encoder": target,
         "context_encoder": networks["encoder"],
     }
+
+
+class AuthorsLogMel(LogMel):
+    """The front end of the authors' weights: a hop of 1243, a window of 3108, peak-normalised
+    waveforms, the 255 frames that lie inside the clip, and zeros for the 256th."""
+
+    def __init__(self):
+        super().__init__()
+        self.hop = 1243
+        self.window_length = 3108
+        self.window = torch.hann_window(self.window_length, periodic=False)
+
+    def cut(self, waveform):
+        return waveform.unfold(1, self.window_length, self.hop)
+
+    def frames(self, waveform):
+        peak = waveform.abs().amax(dim=1, keepdim=True).clamp(min=1e-6)
+        frames = super().frames(waveform / peak)
+        return F.pad(frames, (0, 0, 0, 1))
+
+
+# ---- To go on, and to begin with the weights of another run
 
 
 def find_checkpoint(out):
@@ -608,11 +636,9 @@ def start_from(run, first_weights):
     for name in ("context_encoder", "target_encoder", "predictor"):
         if name in first_weights:
             network = parts_of(run)[name]
-            positions = {
-                "pos_embed": network.pos_embed
-            }  # these follow from the length of our clips
+            first_weights[name]["pos_embed"] = network.pos_embed  # of clips of our length
             try:
-                network.load_state_dict(first_weights[name] | positions)
+                network.load_state_dict(first_weights[name])
             except RuntimeError:
                 fail(f"--init {run.args.init} does not fit --model {run.args.model}")
 
@@ -635,7 +661,7 @@ def note_bad_files(path, batches):
             if not path.exists() or line not in path.read_text():
                 with open(path, "a") as file:
                     file.write(line)
-        if batch.clip is None:
+        if batch.audio is None:
             name, reason = batch.bad[-1]
             fail(f"ten recordings in a row cannot be used, at last {printable(name)}: {reason}", 1)
 
@@ -674,6 +700,9 @@ def describe(run, clips, processes, progress):
 def choose_device(processes) -> torch.device:
     """A GPU for each process of a machine, else MPS, else the CPU."""
     if torch.cuda.is_available():
+        gpus = torch.cuda.device_count()
+        if processes.local_count > gpus:
+            raise ValueError(f"{processes.local_count} processes on a machine of {gpus} GPUs")
         torch.cuda.set_device(processes.local_rank)
         torch.backends.cuda.matmul.allow_tf32 = True
         return torch.device("cuda", processes.local_rank)
@@ -688,8 +717,8 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float3
 def choose_amp(amp: str, device_type: str, checkpoint: dict | None = None) -> str:
     """--amp as one of PRECISIONS. `auto` stays what it was when the run of a checkpoint began.
 
-    It is bf16 where the hardware multiplies it, and fp16 on older GPUs. A CPU is asked by trying:
-    of two that claim avx512_bf16, one was 4 times as fast in it and the other half as fast.
+    It is bf16 where the hardware multiplies it, and fp16 on older GPUs. On a CPU we try both: of
+    two that claim to multiply bf16, one did so 4 times as fast as fp32, the other half as fast.
     """
     if amp != "auto":
         return amp
@@ -769,6 +798,15 @@ def end_processes():
         dist.destroy_process_group()
 
 
+def from_first_process(value):
+    """The value that process 0 has, in all processes."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
 def sum_over_processes(tensor):
     if dist.is_initialized():
         dist.all_reduce(tensor)
@@ -829,7 +867,7 @@ def benchmark(run, clips, processes):
     batches = iter(clip_loader(clips, order, args.workers, pin_memory=run.device.type == "cuda"))
 
     def read():
-        return [next(batches).clip.to(run.device) for _ in range(args.accum)]
+        return [next(batches).audio.to(run.device) for _ in range(args.accum)]
 
     def seconds(work, repeat=1):
         def work_to_its_end():
@@ -842,7 +880,7 @@ def benchmark(run, clips, processes):
 
     waveforms = read()
     frames = [run.log_mel(part).squeeze(1) for part in waveforms]  # a step only normalises these
-    seconds(lambda: train_step(run, next(steps), frames))  # meets masks of many sizes in memory
+    seconds(lambda: train_step(run, next(steps), frames))  # allocates for masks of many sizes
     args.mask_ratio = [0.5, 0.5]  # from here on all steps are alike
     workers = max(args.workers, 1)  # each delivers in its turn, so we time whole rounds
     times = {
@@ -911,14 +949,14 @@ def parse_args(argv):
     add(
         "--loss", choices=list(LOSSES), default="l2", help="l2 is eq. (2), cosine the authors' code"
     )
-    add("--mask", choices=list(MASKS), default="random", help="which patches are hidden")
+    add("--mask", choices=list(MASKS), default="random", help="which patches are masked")
     add(
         "--mask-ratio",
         type=float,
         nargs=2,
         default=[0.4, 0.6],
         metavar=("LO", "HI"),
-        help="share of the patches that is hidden, drawn once a step",
+        help="share of the patches that is masked, drawn once a step",
     )
     add("--sample-rate", type=int, default=32000, help="Hz, a multiple of 128")
     add("--clip-seconds", type=float, default=10.0, help="a multiple of 0.625, which is one patch")
@@ -952,7 +990,8 @@ def check(parser, args):
         parser.error(f"--mask-ratio {low} {high}: 0 < LO <= HI < 1 is needed")
     if args.warmup >= args.steps:
         shorter = args.steps // 10
-        print(f"--warmup {args.warmup} is not below --steps {args.steps}: cut to {shorter}")
+        if launched_processes().rank == 0:
+            print(f"--warmup {args.warmup} is not below --steps {args.steps}: cut to {shorter}")
         args.warmup = shorter
     if args.clip_seconds <= 0 or args.clip_seconds % 0.625 != 0:
         below = args.clip_seconds // 0.625 * 0.625
