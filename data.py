@@ -64,7 +64,8 @@ class LogMel(nn.Module):
 
     There is a frame every `hop` = sample_rate * clip_seconds / time_bins samples (1250, or 39 ms),
     seen through a window of 2.5 hops. ValueError if the hop is not a whole number of samples.
-    Another front end is a module with this output; train.py, extract.py and `pack` build it.
+    Another front end is a subclass with other `frames`, as AuthorsLogMel in train.py; `main` of
+    train.py, AudioJEPAEncoder and `pack` name the class.
     """
 
     def __init__(
@@ -288,7 +289,7 @@ def map_shard(path):
 
 
 class SyntheticSounds:
-    """Sound without a download: each window another mixture of chirps, every other one of noise."""
+    """Sound without a download: each window adds up some places of a tape of sweeps and bursts."""
 
     silence = 0.0
     fingerprint = "synthetic clips"
@@ -297,27 +298,25 @@ class SyntheticSounds:
         self.rate = sample_rate
         self.num_clips = num_clips
         rng = np.random.default_rng(0)
-        self.sounds = []  # made once: windows only add them up
-        for number in range(128):
-            seconds = rng.uniform(0.1, 1.0)
+        t = np.arange(sample_rate) / sample_rate  # a second
+        sounds = []
+        for _ in range(60):
             first_hertz, last_hertz = 80 * 2 ** rng.uniform(0, 6, size=2)
-            t = np.arange(int(seconds * sample_rate)) / sample_rate
-            cycles = first_hertz * t + (last_hertz - first_hertz) * t**2 / (2 * seconds)
-            sound = np.sin(2 * np.pi * cycles) * np.exp(-4 * t / seconds)
-            if number % 2 == 1:
-                sound *= rng.standard_normal(len(t))
-            self.sounds.append(sound.astype(np.float32))
+            sweep = np.sin(2 * np.pi * (first_hertz * t + (last_hertz - first_hertz) * t**2 / 2))
+            burst = 0.3 * rng.standard_normal(len(t))
+            fading = np.exp(-t / rng.uniform(0.05, 1))
+            sounds += [sweep * fading, burst * fading]
+        self.tape = np.concatenate(sounds).astype(np.float32)
 
     def __len__(self):
         return self.num_clips
 
     def window(self, i, length, rng):
         window = np.zeros(length, np.float32)
-        for _ in range(8):
-            sound = rng.choice(self.sounds) * np.float32(rng.uniform(0.03, 0.5))
-            begin = rng.randrange(length)
-            room = window[begin : begin + len(sound)]  # less at the end of the window
-            room += sound[: len(room)]
+        for _ in range(4):
+            start = rng.randrange(max(len(self.tape) - length, 1))
+            sound = self.tape[start : start + length]
+            window[: len(sound)] += np.float32(rng.uniform(0.03, 0.3)) * sound
         return window
 
 

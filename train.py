@@ -895,7 +895,7 @@ def benchmark(run, clips, processes):
         )
         for name, time_of_batch in times.items():
             print(f"{name:>14}  {args.batch_size / time_of_batch:10.1f} clips/s")
-        gflops = args.batch_size * sum(gflops_per_clip(run.model.config).values())
+        gflops = args.batch_size * gflops_per_clip(run.model.config)
         print(f"step alone: {gflops / times['step alone'] / 1e3:.2f} TFLOP/s")
         print(f"peak memory {memory_gib(run.device):.2f} GiB")
 
