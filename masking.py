@@ -124,10 +124,10 @@ def draw_masks(
     return mask_fn(batch_size, grid, num_masked, generator)
 
 
-def ema_decay(step: int, steps: int, base: float = 0.996) -> float:
-    """tau of eq. (3) at a step: BYOL's cosine, from `base` at step 0 to 1 at `steps`."""
+def ema_decay(step: int, steps: int, base: float = 0.996, end: float = 1.0) -> float:
+    """tau of eq. (3) at a step: BYOL's cosine, from `base` at step 0 to `end` at `steps`."""
     progress = min(step / steps, 1.0)
-    return 1 - (1 - base) * (1 + math.cos(math.pi * progress)) / 2
+    return end - (end - base) * (1 + math.cos(math.pi * progress)) / 2
 
 
 @torch.no_grad()

@@ -279,13 +279,19 @@ def cosine_loss(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tenso
 LOSSES = {"l2": l2_loss, "smooth_l1": smooth_l1_loss, "cosine": cosine_loss}
 
 
-def normalise_targets(targets: torch.Tensor) -> torch.Tensor:
-    """Give each target token mean 0 and variance 1 over its features: [B, N, D] -> the same, fp32.
+def normalise_targets(targets: torch.Tensor, over: str = "token") -> torch.Tensor:
+    """Give the targets mean 0 and variance 1: [B, N, D] -> [B, N, D], fp32.
+
+    over "token": each token over its features (as I-JEPA). over "clip": each feature over the
+    tokens of its clip (as data2vec). What all tokens of a clip share is then no part of a target:
+    the context gives it away, and predicting it teaches little.
 
     Why: the last LayerNorm of the encoder has a learned scale, which nothing holds in place. The
     targets follow it, through the moving average. As it shrinks, so do the targets and their
     distance to any prediction: the loss would fall without anything being learned.
     """
+    if over == "clip":
+        return F.instance_norm(targets.float().mT).mT
     return F.layer_norm(targets.float(), targets.shape[-1:])
 
 
@@ -296,12 +302,13 @@ class JEPA(nn.Module):
     `targets` is what the target encoder makes of the whole clip.
     """
 
-    def __init__(self, config: JEPAConfig, loss: str = "l2"):
+    def __init__(self, config: JEPAConfig, loss: str = "l2", target_norm: str = "token"):
         super().__init__()
         self.config = config
         self.context_encoder = VisionTransformer(config)
         self.predictor = Predictor(config)
         self.loss = LOSSES[loss]
+        self.target_norm = target_norm
 
     def forward(self, spectrogram, context_idx, target_idx, targets):
         context = self.context_encoder(spectrogram, context_idx)  # [B, C, D], c = f_ctx(x \ M)
@@ -310,7 +317,7 @@ class JEPA(nn.Module):
         # two encoders would meet where it costs least: every clip mapped to one constant, which is
         # predicted without error and says nothing (collapse). `train_step` runs the target encoder
         # under no_grad, for the same end; `detach` holds whoever calls this.
-        normalised = normalise_targets(targets.detach())  # [B, N, D]
+        normalised = normalise_targets(targets.detach(), self.target_norm)  # [B, N, D]
         wanted = gather_tokens(normalised, target_idx)  # [B, M, D], f_tgt(x)_j for j in M
         return self.loss(predictions.float(), wanted)
 

@@ -12,6 +12,7 @@ extract.py  embeddings whatever the batching, probes, X-ARES, fine-tuning, the a
 
 import copy
 import csv
+import dataclasses
 import functools
 import json
 import math
@@ -239,11 +240,14 @@ def test_the_position_table_is_the_formula():
     assert torch.allclose(token[[k, 8 + k, 16 + k, 24 + k]], torch.tensor(wanted))
 
 
-def test_a_token_is_one_patch_in_time_major_order():
-    t = torch.arange(64.0).view(1, 1, 64, 1) // 16
-    f = torch.arange(48.0) // 16
-    patches = VisionTransformer(SMALL).patchify(t * 3 + f)
-    assert torch.equal(patches, torch.arange(12.0).view(1, 12, 1).expand(1, 12, 256))
+@pytest.mark.parametrize("time, mel", [(16, 16), (8, 48), (32, 4)])
+def test_a_token_is_one_patch_in_time_major_order(time, mel):
+    t = torch.arange(64.0).view(1, 1, 64, 1) // time
+    f = torch.arange(48.0) // mel
+    config = dataclasses.replace(SMALL, patch_size=(time, mel))
+    patches = VisionTransformer(config).patchify(t * (48 // mel) + f)
+    count = math.prod(config.grid)
+    assert torch.equal(patches, torch.arange(count).view(1, -1, 1).expand(1, count, time * mel))
 
 
 def test_the_context_encoder_sees_only_visible_patches():
@@ -302,6 +306,15 @@ def test_the_loss_is_equation_2_on_normalised_targets():
             total += (predictions[b, j] - target).square().sum()
     loss = jepa(spectrogram, context_idx, target_idx, targets)
     assert torch.allclose(loss, total / (2 * 5), rtol=1e-5)
+
+
+def test_targets_over_a_clip_hold_nothing_that_all_its_tokens_share():
+    targets = torch.randn(3, 12, 32)
+    of_the_clip = 5 * torch.randn(3, 1, 32)
+    normalised = model.normalise_targets(targets + of_the_clip, "clip")
+    assert torch.allclose(normalised, model.normalise_targets(targets, "clip"), atol=1e-4)
+    assert torch.allclose(normalised.mean(1), torch.zeros(3, 32), atol=1e-5)
+    assert torch.allclose(normalised.std(1, correction=0), torch.ones(3, 32), atol=1e-3)
 
 
 @pytest.mark.parametrize("loss", model.LOSSES)
@@ -416,6 +429,7 @@ def test_ema_decay_is_byols_cosine():
     assert masking.ema_decay(100, 100) == 1
     assert masking.ema_decay(101, 100) == 1
     assert masking.ema_decay(0, 100, base=0.9) == pytest.approx(0.9)
+    assert masking.ema_decay(100, 100, end=0.999) == pytest.approx(0.999)
 
 
 def test_ema_equals_its_closed_form():
@@ -981,7 +995,7 @@ def explained_by(predictor, targets):
     targets = model.normalise_targets(targets)
     target_idx = torch.arange(targets.shape[1]).expand(len(targets), -1)
     loss = model.l2_loss(predictor(targets), targets).item()
-    return train.explained(model.l2_loss, loss, targets, target_idx)
+    return train.explained(JEPA(SMALL), loss, targets, target_idx)
 
 
 def perfect(targets):
@@ -1015,14 +1029,16 @@ def test_explained_does_not_praise_targets_that_depend_on_their_position_alone()
     assert explained_by(nearly_perfect, targets) < 0
 
 
-@pytest.mark.parametrize("loss", model.LOSSES.values(), ids=model.LOSSES)
-def test_explained_means_the_same_for_every_loss(loss):
+@pytest.mark.parametrize("target_norm", ["token", "clip"])
+@pytest.mark.parametrize("loss", model.LOSSES)
+def test_explained_means_the_same_for_every_loss_and_target(loss, target_norm):
+    jepa = JEPA(SMALL, loss, target_norm)
     targets = torch.randn(16, 12, 32)
     target_idx = torch.arange(12).expand(16, -1)
-    normalised = model.normalise_targets(targets)
-    blind = loss(mean_of_each_position(normalised), normalised).item()
-    assert train.explained(loss, 0.0, targets, target_idx) == pytest.approx(1)
-    assert train.explained(loss, blind, targets, target_idx) == pytest.approx(0, abs=1e-4)
+    normalised = model.normalise_targets(targets, target_norm)
+    blind = jepa.loss(mean_of_each_position(normalised), normalised).item()
+    assert train.explained(jepa, 0.0, targets, target_idx) == pytest.approx(1)
+    assert train.explained(jepa, blind, targets, target_idx) == pytest.approx(0, abs=1e-4)
 
 
 def test_monitors_of_healthy_targets():
@@ -1261,6 +1277,8 @@ def test_whole_file_keeps_what_was_there_when_writing_fails(tmp_path):
         ["--loss", "smooth_l1"],
         ["--amp", "bf16"],
         ["--sample-rate", "16000"],
+        ["--target-norm", "clip", "--ema", "0.99", "--ema-end", "0.999"],
+        ["--patch", "4", "40", "--mel-bins", "80", "--predictor-dim", "48"],
     ],
     ids=" ".join,
 )
@@ -1374,6 +1392,7 @@ def test_what_is_wrong_with_the_data_is_said_in_one_line(tmp_path, capsys):
         ("--sample-rate 44100", "44032 or 44160"),
         ("--clip-seconds 4", "3.75 or 4.375"),
         ("--model huge", "huge"),
+        ("--patch 16 24", "mel_bins = 128"),
         ("--nonsense", "--nonsense"),
     ],
 )

@@ -40,9 +40,11 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import FRAMES_PER_SECOND
+from data import MEL_BINS
 from data import AudioClips
 from data import Clips
 from data import LogMel
+from data import PackedFrames
 from data import SyntheticClips
 from data import clip_loader
 from data import clip_order
@@ -160,7 +162,7 @@ def train_step(run: Run, step: int, clips: list[torch.Tensor]) -> StepResult:
             group["lr"] = learning_rate(step, args.steps, args.lr, args.warmup)
         run.scaler.step(run.optimizer)
         # 5. EMA. The target encoder follows the context encoder.
-        decay = ema_decay(step, args.steps, args.ema)
+        decay = ema_decay(step, args.steps, args.ema, args.ema_end)
         update_ema(run.target_encoder, run.model.context_encoder, decay)
     run.scaler.update()
     run.optimizer.zero_grad()
@@ -200,17 +202,16 @@ def main(argv: list[str] | None = None) -> None:
     # Flags
     args = parse_args(argv)
     out = Path(args.out)
-    config = dataclasses.replace(
-        PRESETS[args.model], time_bins=round(args.clip_seconds * FRAMES_PER_SECOND)
-    )
-
     with StopSignals() as stop:
         # Device, data, an earlier checkpoint: whatever is wrong with them is said in one line
         processes = launched_processes()
         is_first = processes.rank == 0
         try:
             device = choose_device(processes)
-            log_mel = LogMel(args.sample_rate, args.clip_seconds, config.time_bins).to(device)
+            config = config_of(args)
+            log_mel = LogMel(
+                args.sample_rate, args.clip_seconds, config.time_bins, config.mel_bins
+            ).to(device)
             out.mkdir(parents=True, exist_ok=True)
             checkpoint = None if args.benchmark else find_checkpoint(out)
             first_weights = read_first_weights(args, checkpoint)
@@ -226,7 +227,7 @@ def main(argv: list[str] | None = None) -> None:
 
         # Model. Every process draws the same weights from the same seed.
         torch.manual_seed(args.seed)
-        model = JEPA(config, args.loss).to(device)
+        model = JEPA(config, args.loss, args.target_norm).to(device)
         target_encoder = copy.deepcopy(model.context_encoder).requires_grad_(False)
         if args.compile:
             for network in (model.context_encoder, model.predictor, target_encoder):
@@ -372,16 +373,16 @@ def monitors(targets: torch.Tensor) -> dict[str, float]:
 
 
 @torch.no_grad()
-def explained(loss_fn, loss: float, targets: torch.Tensor, target_idx: torch.Tensor) -> float:
+def explained(jepa: JEPA, loss: float, targets: torch.Tensor, target_idx: torch.Tensor) -> float:
     """1 - loss / blind loss: the share of the targets' variety that is predicted.
 
     Blind is a predictor that knows no sound, and answers with the mean target of each position over
     the batch (of all processes). At 0 or below, nothing about the sound is predicted, however small
     the loss is; 1 is a perfect prediction. targets [B, N, D], target_idx [B, M].
     """
-    targets = normalise_targets(targets)
+    targets = normalise_targets(targets, jepa.target_norm)
     mean = mean_over_processes(targets.mean(0))  # [N, D]
-    blind_loss = loss_fn(mean[target_idx], gather_tokens(targets, target_idx))
+    blind_loss = jepa.loss(mean[target_idx], gather_tokens(targets, target_idx))
     blind_loss = mean_over_processes(blind_loss).item()
     if blind_loss == 0:  # one clip is its own mean
         return math.nan
@@ -402,9 +403,9 @@ def log_row(run, progress, result, loss, num_clips):
         "epoch": progress.step * args.batch_size / num_clips,
         "seconds": progress.seconds,
         "loss": sum(progress.losses) / len(progress.losses) if progress.losses else math.nan,
-        "explained": explained(run.model.loss, loss, result.targets, result.target_idx),
+        "explained": explained(run.model, loss, result.targets, result.target_idx),
         "lr": learning_rate(step, args.steps, args.lr, args.warmup),
-        "ema_decay": ema_decay(step, args.steps, args.ema),
+        "ema_decay": ema_decay(step, args.steps, args.ema, args.ema_end),
         "masked": result.target_idx.shape[1],
         "grad_norm": result.grad_norm,
         **monitors(result.targets),
@@ -438,7 +439,20 @@ def cut_log(path, step):
         file.write("".join([header, *kept]).encode())
 
 
-# ---- Optimizer and checkpoints
+# ---- Model, optimizer and checkpoints
+
+
+def config_of(args) -> JEPAConfig:
+    """The preset and the flags that change it. ValueError if these sizes do not fit."""
+    preset = PRESETS[args.model]
+    return dataclasses.replace(
+        preset,
+        time_bins=round(args.clip_seconds * FRAMES_PER_SECOND),
+        mel_bins=args.mel_bins,
+        patch_size=tuple(args.patch),
+        predictor_dim=args.predictor_dim or preset.predictor_dim,
+        predictor_depth=args.predictor_depth or preset.predictor_depth,
+    )
 
 
 def make_optimizer(model, weight_decay):
@@ -650,7 +664,10 @@ def open_clips(args) -> Clips:
     """What --data names. ValueError says what is wrong with it."""
     if args.data is None:
         return SyntheticClips(args.sample_rate, args.clip_seconds, args.seed)
-    return AudioClips(args.data, args.sample_rate, args.clip_seconds, args.seed)
+    clips = AudioClips(args.data, args.sample_rate, args.clip_seconds, args.seed)
+    if isinstance(clips.source, PackedFrames) and args.mel_bins != MEL_BINS:
+        raise ValueError(f"{args.data}: packed with {MEL_BINS} mel bands, not {args.mel_bins}")
+    return clips
 
 
 def note_bad_files(path, batches):
@@ -934,6 +951,17 @@ def parse_args(argv):
     )
     add("--init", metavar="CHECKPOINT", help="begin with its weights (of train.py or the authors')")
     add("--model", choices=list(PRESETS), default="base", help="size of the networks")
+    add(
+        "--patch",
+        type=positive,
+        nargs=2,
+        default=[16, 16],
+        metavar=("TIME", "MEL"),
+        help="frames and mel bands of a patch",
+    )
+    add("--mel-bins", type=positive, default=MEL_BINS, help="mel bands of a spectrogram")
+    add("--predictor-dim", type=positive, help="width of the predictor; none: the preset's")
+    add("--predictor-depth", type=positive, help="blocks of the predictor; none: the preset's")
     add("--steps", type=positive, default=100000, help="optimizer steps of the whole run")
     add(
         "--batch-size",
@@ -946,6 +974,13 @@ def parse_args(argv):
     add("--warmup", type=int, default=1000, help="steps from lr 1e-6 to the peak")
     add("--weight-decay", type=float, default=0.05, help="of AdamW, on matrices only")
     add("--ema", type=float, default=0.996, help="decay of the target encoder at step 0")
+    add("--ema-end", type=float, default=1.0, help="decay of the target encoder at the last step")
+    add(
+        "--target-norm",
+        choices=["token", "clip"],
+        default="token",
+        help="normalise targets over the features of a token, or over the tokens of a clip",
+    )
     add(
         "--loss", choices=list(LOSSES), default="l2", help="l2 is eq. (2), cosine the authors' code"
     )
