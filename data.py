@@ -270,6 +270,10 @@ class PackedFrames(Recordings):
         super().__init__(folder, np.load(os.path.join(folder, "index.npy"), mmap_mode="r"))
         if len(self) == 0:
             raise ValueError(f"{folder}: none of its recordings could be packed")
+        _, shard, first, count = self.entries[-1].split(b"\0")
+        bytes_wanted = (int(first) + int(count)) * MEL_BINS * 2
+        if os.path.getsize(os.path.join(self.root, shard)) < bytes_wanted:
+            raise ValueError(f"{folder}: {os.fsdecode(shard)} is not whole: copy or pack it again")
 
     def window(self, i, length, rng):
         _, shard, first, count = self.entries[i].split(b"\0")
@@ -373,7 +377,7 @@ class Clips(Dataset):
         bad = []
         reads = 0
         missing = self.length
-        while missing >= self.patch and reads < 100:  # bounded, for a set of nothing but clicks
+        while missing >= self.patch and reads < 1000:  # bounded, for a set of nothing but clicks
             reads += 1
             try:
                 window = self.source.window(i, missing, rng)
@@ -498,8 +502,8 @@ def collate(readings):
 # ------------------------------------------------------------------------------------------------
 # The reading ends here. What follows finds and decodes audio.
 
-AUDIO = (b".wav", b".flac", b".ogg", b".oga", b".opus", b".mp3", b".aiff", b".aif")
-OTHER_AUDIO = (b".m4a", b".mp4", b".aac", b".wma", b".webm", b".mka", b".amr")
+AUDIO = tuple(b".wav .flac .ogg .oga .opus .mp3 .aiff .aif .aifc .au .caf .rf64 .sph .w64".split())
+OTHER_AUDIO = tuple(b".m4a .mp4 .aac .wma .webm .mka .amr .ape .wv .3gp .mkv .mov .ac3".split())
 SEEK_SECONDS = 30  # a shorter way we decode, which is exact in every format, and often faster
 WANTED = (
     f"wanted is a folder, a list or a .tar of {b' '.join(AUDIO).decode()}; a list is a .txt with a "

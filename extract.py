@@ -54,8 +54,8 @@ from train import load_networks
 class AudioJEPAEncoder(nn.Module):
     """A pretrained encoder for waveforms of any length.
 
-    (waveform [B, T], float, mono, at `sampling_rate` Hz) -> [B, R, output_dim], float32: a row each
-    `hop_size_in_ms`, as many as the waveform reaches into.
+    (waveform [B, T], float in [-1, 1], mono, at `sampling_rate` Hz) -> [B, R, output_dim], float32:
+    a row each `hop_size_in_ms`, as many as the waveform reaches into.
 
     `checkpoint`: of train.py, or the authors' file. `bands`: "concat" puts the 8 tokens of a row
     side by side, "mean" averages them. `which`: "target" or "context". X-ARES builds this class
@@ -471,7 +471,7 @@ def run_probes(args, encoder, files):
         cells = [name.ljust(widest)]
         for probe, accuracy in row.items():
             error = math.sqrt(accuracy * (1 - accuracy) / tested)  # binomial standard error
-            cells.append(f"{probe} {accuracy:.3f} ± {error:.3f}")
+            cells.append(f"{probe} {accuracy:.3f} +- {error:.3f}")
         print("   ".join(cells))
     if args.json:
         with whole_file(args.json) as file:

@@ -466,6 +466,7 @@ FORMATS = [  # suffix, and the names that libsndfile has for it
     ("opus", "OGG", "OPUS"),
     ("mp3", "MP3", "MPEG_LAYER_III"),
     ("aiff", "AIFF", "PCM_16"),
+    ("au", "AU", "PCM_16"),
 ]
 
 
@@ -842,10 +843,13 @@ def test_packing_keeps_all_frames_of_a_long_recording(tmp_path):
     assert clips.source.window(0, 10**6, random.Random(0)).shape == (25 * 25.6, 128)
 
 
-def test_frames_of_another_sample_rate_are_refused(tmp_path):
+def test_a_packed_folder_of_another_rate_or_half_copied_is_refused(tmp_path):
     packed(tmp_path / "p", np.ones((256, 128)))
     with pytest.raises(ValueError, match="packed at 32000 Hz, not at 16000"):
         data.AudioClips(tmp_path / "p", 16000)
+    os.truncate(tmp_path / "p" / "all.f16", 1000)
+    with pytest.raises(ValueError, match="not whole"):
+        data.AudioClips(tmp_path / "p")
 
 
 def test_scan_counts_and_writes_nothing(tmp_path):
@@ -1206,10 +1210,14 @@ def test_a_signal_while_the_data_is_measured_is_heard(tmp_path):
     assert "of 20 steps done" in printed
 
 
-def test_main_leaves_the_signal_handlers_of_its_caller(tmp_path):
+def test_main_runs_in_a_thread_and_leaves_the_signal_handlers_of_its_caller(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
-    pretrain(tmp_path, "--steps", 6)
+    pretrain(tmp_path / "a", "--steps", 6)
     assert signal.getsignal(signal.SIGTERM) is before
+    thread = threading.Thread(target=pretrain, args=[tmp_path / "b", "--steps", 6])
+    thread.start()
+    thread.join()
+    assert (tmp_path / "b" / "last.pt").exists()
 
 
 def test_checkpoints_are_kept_under_their_step_without_the_optimizer(tmp_path):
@@ -1685,7 +1693,7 @@ def test_the_table_compares_an_encoder_with_what_it_has_to_beat(checkpoint, tmp_
         assert list(row) == PROBES
         assert view in printed
         error = math.sqrt(row["knn"] * (1 - row["knn"]) / 12)
-        assert f"knn {row['knn']:.3f} ± {error:.3f}" in printed
+        assert f"knn {row['knn']:.3f} +- {error:.3f}" in printed
 
 
 def test_several_checkpoints_are_rows_of_one_table(checkpoint, tmp_path):

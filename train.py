@@ -25,6 +25,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 import timeit
 from collections import defaultdict
@@ -213,6 +214,8 @@ def main(argv: list[str] | None = None) -> None:
                 args.sample_rate, args.clip_seconds, config.time_bins, config.mel_bins
             ).to(device)
             out.mkdir(parents=True, exist_ok=True)
+            if not os.access(out, os.W_OK):
+                raise ValueError(f"--out {out}: no permission to write there")
             checkpoint = None if args.benchmark else find_checkpoint(out)
             first_weights = read_first_weights(args, checkpoint)
             clips = open_clips(args)
@@ -754,8 +757,8 @@ def bf16_is_faster():
     """Time a matrix product on the CPU. bf16 must win clearly, as its casts cost time as well."""
     fp32 = torch.ones(1024, 1024)
     bf16 = fp32.bfloat16()
-    seconds_fp32 = min(timeit.repeat(lambda: fp32 @ fp32, number=1, repeat=6))
-    seconds_bf16 = min(timeit.repeat(lambda: bf16 @ bf16, number=1, repeat=6))
+    seconds_fp32 = min(timeit.repeat(lambda: fp32 @ fp32, number=1, repeat=12))
+    seconds_bf16 = min(timeit.repeat(lambda: bf16 @ bf16, number=1, repeat=12))
     return seconds_bf16 < seconds_fp32 / 1.5
 
 
@@ -855,6 +858,8 @@ class StopSignals:
     def __enter__(self):
         self.requested_at = math.inf
         numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        if threading.current_thread() is not threading.main_thread():
+            numbers = ()  # Python hands signals to the main thread only
         self.before = {number: signal.signal(number, self.handle) for number in numbers}
         return self
 
