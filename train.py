@@ -905,20 +905,23 @@ def benchmark(run, clips, processes):
     seconds(lambda: train_step(run, next(steps), frames))  # allocates for masks of many sizes
     args.mask_ratio = [0.5, 0.5]  # from here on all steps are alike
     workers = max(args.workers, 1)  # each delivers in its turn, so we time whole rounds
+    size = 4096 if run.device.type == "cpu" else 8192
+    matrix = torch.randn(size, size, device=run.device, dtype=run.precision)
     times = {
         "reading": seconds(read, 5 * workers),
         "log-mel": seconds(lambda: [run.log_mel(part) for part in waveforms]),
         "step alone": seconds(lambda: train_step(run, next(steps), frames)),
         "all together": seconds(lambda: train_step(run, next(steps), read()), workers),
     }
+    peak = 2 * size**3 / seconds(lambda: matrix @ matrix) / 1e12
     if processes.rank == 0:
-        print(
-            f"{args.model}, batch {args.batch_size}, {run.precision}, processes {processes.count}"
-        )
+        count = processes.count
+        print(f"{args.model}, batch {args.batch_size}, {run.precision}, {count} processes")
         for name, time_of_batch in times.items():
             print(f"{name:>14}  {args.batch_size / time_of_batch:10.1f} clips/s")
-        gflops = args.batch_size * gflops_per_clip(run.model.config)
-        print(f"step alone: {gflops / times['step alone'] / 1e3:.2f} TFLOP/s")
+        gflops = args.batch_size / count * gflops_per_clip(run.model.config)
+        tflops = gflops / times["step alone"] / 1e3
+        print(f"step alone: {tflops:.2f} TFLOP/s a process, of {peak:.2f} in a matrix product")
         print(f"peak memory {memory_gib(run.device):.2f} GiB")
 
 
