@@ -362,36 +362,38 @@ SPLITS = {
 
 
 def split_of(folder):
-    """train, valid or test, if a folder (or tar) is named so, else None."""
-    name = folder.lower().removesuffix(".tar")
+    """train, valid or test, if a folder is named so, else None."""
     for split, names in SPLITS.items():
-        if name in names:
+        if folder in names:
             return split
     return None
 
 
 def read_task(args, names):
-    """Paths SPLIT/LABEL/... or LABEL/... -> (class of each, [(train, valid, test)] as indices).
-
-    ValueError if the folders are neither.
+    """Paths SPLIT/LABEL/..., FOLD/LABEL/... or LABEL/... -> (class of each, [(train, valid, test)]
+    as indices), of which there is one for each fold that is tested. ValueError for other paths.
     """
     wanted = (
-        f"{args.data}: wanted are train/LABEL/* and test/LABEL/* (and valid/LABEL/*), or LABEL/*"
+        f"{args.data}: wanted are train/LABEL/* and test/LABEL/* (and valid/LABEL/*), or "
+        "fold1/LABEL/*, fold2/LABEL/* and so on, or LABEL/*"
     )
     folders = [name.split("/")[:-1] for name in names]
-    splits = [split_of(folder[0]) if folder else None for folder in folders]
+    tops = [folder[0].lower().removesuffix(".tar") if folder else "" for folder in folders]
+    splits = [split_of(top) for top in tops]
+    has_folds = all(top.startswith("fold") for top in tops)
     has_splits = None not in splits or {"train", "test"} <= set(splits)  # "train" may be a class
     if has_splits and "test" not in splits:
         # There are train/ and dev/ alone: then dev/ is the test.
         splits = ["test" if split == "valid" else split for split in splits]
-    if has_splits:
+    if has_splits and (None in splits or not {"train", "test"} <= set(splits)):
+        raise ValueError(wanted)
+    if args.folds and (has_splits or has_folds):
+        raise ValueError(f"{wanted}; --folds is for LABEL/* alone")
+    if has_splits or has_folds:
         folders = [folder[1:] for folder in folders]
-        if args.folds or None in splits or not {"train", "test"} <= set(splits):
-            raise ValueError(f"{wanted}; --folds is for LABEL/* alone")
     classes = sorted({folder[0] for folder in folders if folder})
-    folds = args.folds or 5
-    if [] in folders or len(classes) < 2 or (not has_splits and len(names) < folds):
-        raise ValueError(f"{wanted}; found {len(classes)} LABEL, {len(names)} recordings")
+    if [] in folders or len(classes) < 2:
+        raise ValueError(f"{wanted}; found {len(classes)} LABEL")
     labels = torch.tensor([classes.index(folder[0]) for folder in folders])
 
     def indices(chosen):
@@ -400,9 +402,18 @@ def read_task(args, names):
     if has_splits:
         splits = np.array(splits)
         return labels, [tuple(indices(splits == name) for name in ("train", "valid", "test"))]
-    fold = deal(labels, folds)
-    tested = range(args.folds or 1)  # without --folds, the first of five is the test
-    return labels, [(indices(fold != n), indices([]), indices(fold == n)) for n in tested]
+    if has_folds:
+        fold = np.unique(tops, return_inverse=True)[1]
+        tested = range(fold.max() + 1)
+    else:
+        fold = deal(labels, args.folds or 5)
+        tested = range(args.folds or 1)  # without --folds, the first of five is the test
+    answer = [(indices(fold != n), indices([]), indices(fold == n)) for n in tested]
+    if any(len(train) == 0 or len(test) == 0 for train, _, test in answer):
+        raise ValueError(
+            f"{wanted}; found {len(names)} recordings, too few for {len(tested)} folds"
+        )
+    return labels, answer
 
 
 @dataclass

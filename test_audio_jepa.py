@@ -1736,6 +1736,14 @@ def test_folds_test_every_clip_once_and_train_on_the_others():
         assert sorted(trained.tolist() + tested.tolist()) == list(range(30))
 
 
+def test_folders_called_fold_are_tested_in_turn():
+    labels, splits = read_task(["fold1/a", "fold1/b", "fold2/b", "fold2/a"])
+    assert labels.tolist() == 10 * [0] + 20 * [1] + 10 * [0]
+    first, second = list(range(20)), list(range(20, 40))
+    assert [part.tolist() for part in splits[0]] == [second, [], first]
+    assert [part.tolist() for part in splits[1]] == [first, [], second]
+
+
 @pytest.mark.parametrize(
     "names",
     ["Train Test", "training testing", "train eval", "train validation", "train.tar test.tar"],
@@ -1758,6 +1766,7 @@ def test_splits_go_by_many_names(names):
         (["train/a", "train/b", "test/a", "test/b", "others/a"], None),
         (["train/a", "train/b", "test/a", "test/b"], 5),  # folds of splits
         (["a", "b"], 30),  # more folds than clips
+        (["fold1/a", "fold1/b"], None),  # one fold
     ],
 )
 def test_folders_that_are_no_task_are_refused(folders, folds):
