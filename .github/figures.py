@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: MIT
+"""Draw the figures of the README (pip install matplotlib):
+
+    python .github/figures.py mask CHECKPOINT SOUND OUT.png         what is masked and predicted
+    python .github/figures.py tokens CHECKPOINT SOUND OUT.png       what the tokens are like
+    python .github/figures.py curves HEALTHY COLLAPSED OUT.svg      two runs, by their folders
+
+`mask` needs a last.pt or step-*.pt of train.py, as it asks the predictor. `curves` shows also the
+kNN accuracy, if `extract.py RUN/step-*.pt TASK --probe knn --json RUN/knn.json` has measured it.
+"""
+
+import csv
+import json
+import re
+import sys
+from pathlib import Path
+
+import matplotlib
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from data import AudioClips
+from data import LogMel
+from masking import random_mask
+from model import JEPAConfig
+from model import Predictor
+from model import VisionTransformer
+from model import gather_tokens
+from model import normalise_targets
+from train import load_checkpoint
+
+matplotlib.use("agg")
+from matplotlib import pyplot as plt
+
+
+class Networks:
+    """Everything in a checkpoint, and the log-mel of a sound [1, 1, T, F]."""
+
+    def __init__(self, checkpoint, sound):
+        stored = load_checkpoint(checkpoint)
+        self.config = JEPAConfig(**stored["config"]["model"])
+        self.log_mel = LogMel(**stored["config"]["log_mel"])
+        self.target_norm = stored["settings"].get("target_norm", "token")
+        self.target_encoder = VisionTransformer(self.config)
+        self.target_encoder.load_state_dict(stored["target_encoder"])
+        self.context_encoder = VisionTransformer(self.config)
+        self.context_encoder.load_state_dict(stored["context_encoder"])
+        self.predictor = Predictor(self.config)
+        self.predictor.load_state_dict(stored["predictor"])
+        clips = AudioClips(sound, self.log_mel.sample_rate, self.log_mel.clip_seconds)
+        self.spectrogram = self.log_mel(clips[0].unsqueeze(0))
+
+
+def show(axes, picture, title, config, seconds, **how):
+    """A picture [time, mel], time to the right and mel upwards, with lines between the patches."""
+    bottom, top = 0, config.mel_bins
+    image = axes.imshow(
+        picture.T, origin="lower", aspect="auto", extent=(0, seconds, bottom, top), **how
+    )
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_ylabel("mel band")
+    return image
+
+
+def per_pixel(patches, config):
+    """A value for each patch [N] -> for each frame and band [T, F]."""
+    grid = patches.view(config.grid)
+    return grid.repeat_interleave(config.patch[0], 0).repeat_interleave(config.patch[1], 1)
+
+
+@torch.no_grad()
+def draw_mask(checkpoint, sound, out):
+    nets = Networks(checkpoint, sound)
+    config = nets.config
+    num_patches = config.grid[0] * config.grid[1]
+    generator = torch.Generator().manual_seed(0)
+    context_idx, target_idx = random_mask(1, config.grid, num_patches // 2, generator)
+    targets = normalise_targets(nets.target_encoder(nets.spectrogram), nets.target_norm)
+    wanted = gather_tokens(targets, target_idx)
+    context = nets.context_encoder(nets.spectrogram, context_idx)
+    predictions = nets.predictor(context, context_idx, target_idx)
+    error = (predictions - wanted).square().mean(-1)  # 1 is the error of answering 0
+
+    spectrogram = nets.spectrogram[0, 0]
+    masked = torch.zeros(num_patches).scatter_(0, target_idx[0], 1.0)
+    seen = spectrogram.masked_fill(per_pixel(masked, config) > 0, torch.nan)
+    errors = torch.full((num_patches,), torch.nan).scatter_(0, target_idx[0], error[0])
+    seconds = nets.log_mel.clip_seconds
+    figure, rows = plt.subplots(3, 1, figsize=(8, 6), sharex=True, layout="constrained")
+    show(rows[0], spectrogram, "log-mel", config, seconds)
+    show(rows[1], seen, "what the context encoder sees", config, seconds)
+    title = "squared error of the prediction, mean over the features of a masked patch"
+    image = show(rows[2], per_pixel(errors, config), title, config, seconds, vmin=0, cmap="magma")
+    figure.colorbar(image, ax=rows[2], pad=0.01)
+    rows[2].set_xlabel("seconds")
+    figure.savefig(out, dpi=75)
+
+
+@torch.no_grad()
+def draw_tokens(checkpoint, sound, out):
+    nets = Networks(checkpoint, sound)
+    config = nets.config
+    tokens = nets.target_encoder(nets.spectrogram)[0]  # [N, D]
+    tokens = tokens - tokens.mean(0)
+    directions = torch.linalg.svd(tokens, full_matrices=False).Vh[:3]
+    colours = tokens @ directions.T  # [N, 3]
+    low = colours.quantile(0.02, dim=0)
+    high = colours.quantile(0.98, dim=0)
+    colours = ((colours - low) / (high - low)).clamp(0, 1)
+    picture = colours.view(*config.grid, 3).transpose(0, 1)
+    seconds = nets.log_mel.clip_seconds
+    figure, rows = plt.subplots(2, 1, figsize=(8, 4), sharex=True, layout="constrained")
+    show(rows[0], nets.spectrogram[0, 0], "log-mel", config, seconds)
+    extent = (0, seconds, 0, config.mel_bins)
+    rows[1].imshow(picture, origin="lower", aspect="auto", extent=extent)
+    title = "its tokens: three principal components as red, green, blue"
+    rows[1].set_title(title, fontsize=10, loc="left")
+    rows[1].set_xlabel("seconds")
+    rows[1].set_ylabel("mel band")
+    figure.savefig(out, dpi=75)
+
+
+def draw_curves(healthy, collapsed, out):
+    columns = ["loss", "explained", "token_std", "effective_rank"]
+    figure, panels = plt.subplots(1, 5, figsize=(13, 2.6), layout="constrained")
+    for run, colour in [(healthy, "tab:green"), (collapsed, "tab:red")]:
+        with open(Path(run) / "log.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        steps = [int(row["step"]) for row in rows]
+        for panel, column in zip(panels, columns, strict=False):
+            panel.plot(steps, [float(row[column]) for row in rows], color=colour)
+            panel.set_title(column, fontsize=10)
+        measured = Path(run) / "knn.json"
+        if measured.exists():
+            accuracy = json.loads(measured.read_text())["accuracy"]
+            points = []
+            for name, row in accuracy.items():
+                step = re.search(r"step-(\d+)\.pt", name)
+                if step is not None:
+                    points.append((int(step[1]), row["knn"]))
+            points = [(0, accuracy["untrained, concat"]["knn"]), *sorted(points)]
+            panels[4].plot(*zip(*points, strict=True), "o-", color=colour)
+    panels[0].set_yscale("log")
+    panels[1].set_ylim(-1, 1)
+    panels[4].set_title("kNN accuracy", fontsize=10)
+    for panel in panels:
+        panel.set_xlabel("step")
+    panels[0].plot([], [], color="tab:green", label="healthy")
+    panels[0].plot([], [], color="tab:red", label="collapsed")
+    panels[0].legend(fontsize=8)
+    figure.savefig(out)
+
+
+DRAW = {"mask": draw_mask, "tokens": draw_tokens, "curves": draw_curves}
+
+if __name__ == "__main__":
+    if len(sys.argv) != 5 or sys.argv[1] not in DRAW:
+        sys.exit(__doc__)
+    DRAW[sys.argv[1]](*sys.argv[2:])
