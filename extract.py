@@ -473,7 +473,7 @@ def run_probes(args, encoder, files):
         "train": len(train),
         "valid": len(valid),
         "test": len(test),
-        "chance": labels[test].bincount().max().item() / len(test),  # of one answer to all
+        "chance": round(labels[test].bincount().max().item() / len(test), 3),  # one answer to all
     }
     print("  ".join(f"{name} {value}" for name, value in about.items()))
     tested = sum(len(test) for _, _, test in splits)
@@ -481,7 +481,8 @@ def run_probes(args, encoder, files):
     for name, row in table.items():
         cells = [name.ljust(widest)]
         for probe, accuracy in row.items():
-            error = math.sqrt(accuracy * (1 - accuracy) / tested)  # binomial standard error
+            clips = len(valid) if probe.endswith("valid") else tested
+            error = math.sqrt(accuracy * (1 - accuracy) / clips)  # binomial standard error
             cells.append(f"{probe} {accuracy:.3f} +- {error:.3f}")
         print("   ".join(cells))
     if args.json:
