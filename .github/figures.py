@@ -52,12 +52,10 @@ class Networks:
         self.spectrogram = self.log_mel(clips[0].unsqueeze(0))
 
 
-def show(axes, picture, title, config, seconds, **how):
-    """A picture [time, mel], time to the right and mel upwards, with lines between the patches."""
-    bottom, top = 0, config.mel_bins
-    image = axes.imshow(
-        picture.T, origin="lower", aspect="auto", extent=(0, seconds, bottom, top), **how
-    )
+def show(axes, picture, title, config, seconds, colours="viridis"):
+    """A picture [time, mel], time to the right and mel upwards."""
+    extent = (0, seconds, 0, config.mel_bins)
+    image = axes.imshow(picture.T, origin="lower", aspect="auto", extent=extent, cmap=colours)
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_ylabel("mel band")
     return image
@@ -91,7 +89,8 @@ def draw_mask(checkpoint, sound, out):
     show(rows[0], spectrogram, "log-mel", config, seconds)
     show(rows[1], seen, "what the context encoder sees", config, seconds)
     title = "squared error of the prediction, mean over the features of a masked patch"
-    image = show(rows[2], per_pixel(errors, config), title, config, seconds, vmin=0, cmap="magma")
+    image = show(rows[2], per_pixel(errors, config), title, config, seconds, "magma")
+    image.set_clim(vmin=0)
     figure.colorbar(image, ax=rows[2], pad=0.01)
     rows[2].set_xlabel("seconds")
     figure.savefig(out, dpi=75)
