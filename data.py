@@ -205,14 +205,17 @@ class AudioFiles(Recordings):
     def open(self, i: int) -> soundfile.SoundFile:
         name, *place = self.entries[i].split(b"\0")
         file = os.path.join(self.root, name)
+        is_mp3 = name.lower().endswith(b".mp3")
         if place:
             shard, offset, size = place
             with open(os.path.join(self.root, shard), "rb") as tar:
                 tar.seek(int(offset))
                 file = io.BytesIO(tar.read(int(size)))
-        elif name.lower().endswith(b".mp3"):
+        elif is_mp3:
             with open(file, "rb") as mp3:
-                file = io.BytesIO(with_info_frame(mp3.read()))
+                file = io.BytesIO(mp3.read())
+        if is_mp3:
+            file = io.BytesIO(with_info_frame(file.read()))
         try:
             return soundfile.SoundFile(file)
         except soundfile.LibsndfileError as error:
@@ -621,7 +624,7 @@ def with_info_frame(mp3: bytes) -> bytes:
     further, even if that is a seventh of the sound. Ours promises hours: then it reads to the end.
     """
     start = 0
-    if mp3.startswith(b"ID3"):  # a tag, its size in four times 7 bits
+    if mp3.startswith(b"ID3") and len(mp3) > 10:  # a tag, its size in four times 7 bits
         start = 10 + (mp3[6] << 21 | mp3[7] << 14 | mp3[8] << 7 | mp3[9])
     beginning = mp3[start : start + 200]
     if len(beginning) < 200 or b"Xing" in beginning or b"Info" in beginning:

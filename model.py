@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,8 +332,6 @@ def gflops_per_clip(config: JEPAConfig) -> float:
 
     A backward pass costs twice its forward pass, and the target encoder has none.
     """
-    from torch.utils.flop_counter import FlopCounterMode  # here, as it is slow to import
-
     half = math.prod(config.grid) // 2
     with torch.device("meta"):  # sizes only: no memory, no arithmetic
         jepa = JEPA(config)
