@@ -41,6 +41,7 @@ class JEPAConfig:
     predictor_depth: int = 6
     predictor_heads: int = 12
     mlp_ratio: float = 4.0
+    patch_scale: float = 1.0  # of the first patch embedding; at 1 a patch is fainter than its place
 
     def __post_init__(self):
         must_divide = [
@@ -192,6 +193,7 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(config.dim)
         init_weights(self)
+        self.patch_embed.weight.data *= config.patch_scale
 
     def patchify(self, spectrogram):
         """[B, 1, T, F] -> [B, N, patch], time-major: token = t * mel_patches + f."""
@@ -277,6 +279,21 @@ def cosine_loss(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tenso
     return (2 - 2 * F.cosine_similarity(predictions, targets, dim=-1)).mean()
 
 
+def variance_covariance(tokens: torch.Tensor) -> torch.Tensor:
+    """A term against collapse, from VICReg (arXiv 2105.04906): tokens [B, C, D] -> scalar.
+
+    It is 0 if each feature has a std of at least 1 over the tokens of all clips, and if no two
+    features are correlated. Then the tokens cannot be alike, nor lie along a few directions.
+    """
+    tokens = tokens.float().flatten(0, 1)  # [B * C, D]
+    with torch.autocast(tokens.device.type, enabled=False):
+        covariance = torch.cov(tokens.T)  # [D, D], in fp32
+    variance = covariance.diagonal()
+    too_small = F.relu(1 - torch.sqrt(variance + 1e-4)).sum()  # + 1e-4: sqrt is too steep at 0
+    correlated = covariance.square().sum() - variance.square().sum()
+    return 25 * too_small + correlated
+
+
 LOSSES = {"l2": l2_loss, "smooth_l1": smooth_l1_loss, "cosine": cosine_loss}
 
 
@@ -303,13 +320,20 @@ class JEPA(nn.Module):
     `targets` is what the target encoder makes of the whole clip.
     """
 
-    def __init__(self, config: JEPAConfig, loss: str = "l2", target_norm: str = "token"):
+    def __init__(
+        self,
+        config: JEPAConfig,
+        loss: str = "l2",
+        target_norm: str = "token",
+        anti_collapse: float = 0.0,  # weight of variance_covariance
+    ):
         super().__init__()
         self.config = config
         self.context_encoder = VisionTransformer(config)
         self.predictor = Predictor(config)
         self.loss = LOSSES[loss]
         self.target_norm = target_norm
+        self.anti_collapse = anti_collapse
 
     def forward(self, spectrogram, context_idx, target_idx, targets):
         context = self.context_encoder(spectrogram, context_idx)  # [B, C, D], c = f_ctx(x \ M)
@@ -320,7 +344,12 @@ class JEPA(nn.Module):
         # under no_grad, for the same end; `detach` holds whoever calls this.
         normalised = normalise_targets(targets.detach(), self.target_norm)  # [B, N, D]
         wanted = gather_tokens(normalised, target_idx)  # [B, M, D], f_tgt(x)_j for j in M
-        return self.loss(predictions.float(), wanted)
+        loss = self.loss(predictions.float(), wanted)
+        if self.anti_collapse > 0:
+            # Its gradient counts, its value does not: the loss in the log stays that of eq. (2).
+            term = self.anti_collapse * variance_covariance(context)
+            loss = loss + term - term.detach()
+        return loss
 
 
 # ------------------------------------------------------------------------------------------------

@@ -291,6 +291,16 @@ def test_weights_start_with_the_std_that_is_claimed():
                 assert not layer.bias.any()
 
 
+def test_patch_scale_scales_the_first_patch_embedding_and_nothing_else():
+    torch.manual_seed(0)
+    plain = VisionTransformer(SMALL).state_dict()
+    torch.manual_seed(0)
+    scaled = VisionTransformer(dataclasses.replace(SMALL, patch_scale=3.0)).state_dict()
+    for name, weight in plain.items():
+        scale = 3.0 if name == "patch_embed.weight" else 1.0
+        assert torch.allclose(scaled[name], scale * weight)
+
+
 def test_the_loss_is_equation_2_on_normalised_targets():
     jepa = JEPA(SMALL)
     spectrogram = a_spectrogram()
@@ -315,6 +325,35 @@ def test_targets_over_a_clip_hold_nothing_that_all_its_tokens_share():
     assert torch.allclose(normalised, model.normalise_targets(targets, "clip"), atol=1e-4)
     assert torch.allclose(normalised.mean(1), torch.zeros(3, 32), atol=1e-5)
     assert torch.allclose(normalised.std(1, correction=0), torch.ones(3, 32), atol=1e-3)
+
+
+def test_variance_covariance_is_zero_for_white_tokens_alone():
+    tokens = torch.randn(2, 50, 8)
+    flat = tokens.flatten(0, 1)
+    orthogonal = torch.linalg.qr(flat - flat.mean(0)).Q  # columns of norm 1 and mean 0
+    white = (orthogonal * math.sqrt(99)).view(2, 50, 8)
+    one_direction = tokens[:, :, :1].expand(-1, -1, 8)
+    assert model.variance_covariance(white).item() == pytest.approx(0, abs=1e-4)
+    assert model.variance_covariance(0.5 * white).item() == pytest.approx(25 * 8 * 0.5, rel=1e-3)
+    assert model.variance_covariance(one_direction) > 8 * 7 / 2  # all pairs are correlated
+
+
+def test_the_anti_collapse_term_adds_its_gradient_and_not_its_value():
+    plain = JEPA(SMALL)
+    guarded = JEPA(SMALL, anti_collapse=0.1)
+    guarded.load_state_dict(plain.state_dict())
+    spectrogram = a_spectrogram()
+    context_idx, target_idx = a_mask()
+    targets = torch.randn(2, 12, 32)
+    losses = []
+    for jepa in (plain, guarded):
+        losses.append(jepa(spectrogram, context_idx, target_idx, targets))
+        losses[-1].backward()
+    assert torch.allclose(*losses)
+    context = plain.context_encoder(spectrogram, context_idx)
+    (0.1 * model.variance_covariance(context)).backward()  # on top of what is there
+    for ours, theirs in zip(guarded.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("loss", model.LOSSES)
@@ -1296,6 +1335,7 @@ def test_whole_file_keeps_what_was_there_when_writing_fails(tmp_path):
         ["--amp", "bf16"],
         ["--sample-rate", "16000"],
         ["--target-norm", "clip", "--ema", "0.99", "--ema-end", "0.999"],
+        ["--anti-collapse", "0.001", "--patch-scale", "3"],
         ["--patch", "4", "40", "--mel-bins", "80", "--predictor-dim", "48"],
     ],
     ids=" ".join,
@@ -1304,6 +1344,16 @@ def test_every_choice_trains(tmp_path, flags):
     _, log = pretrain(tmp_path, *flags)
     assert float(log[-1]["loss"]) < float(log[0]["loss"])
     assert log[-1]["skipped"] == "0"
+
+
+def test_a_recipe_sets_flags_and_the_command_line_has_the_last_word(tmp_path, capsys):
+    out = ["--steps", "1", "--batch-size", "2", "--workers", "0", "--out", str(tmp_path)]
+    train.main(["--recipe", "small", *out, "--lr", "1e-4"])
+    settings = train.load_checkpoint(tmp_path / "last.pt")["settings"]
+    assert settings["model"] == "tiny"
+    assert settings["target_norm"] == "clip"
+    assert settings["lr"] == 1e-4
+    assert "--model tiny" in capsys.readouterr().out
 
 
 def test_auto_precision_is_kept_when_a_run_is_continued(tmp_path):

@@ -230,7 +230,7 @@ def main(argv: list[str] | None = None) -> None:
 
         # Model. Every process draws the same weights from the same seed.
         torch.manual_seed(args.seed)
-        model = JEPA(config, args.loss, args.target_norm).to(device)
+        model = JEPA(config, args.loss, args.target_norm, args.anti_collapse).to(device)
         target_encoder = copy.deepcopy(model.context_encoder).requires_grad_(False)
         if args.compile:
             for network in (model.context_encoder, model.predictor, target_encoder):
@@ -455,6 +455,7 @@ def config_of(args) -> JEPAConfig:
         patch_size=tuple(args.patch),
         predictor_dim=args.predictor_dim or preset.predictor_dim,
         predictor_depth=args.predictor_depth or preset.predictor_depth,
+        patch_scale=args.patch_scale,
     )
 
 
@@ -480,6 +481,7 @@ MAY_CHANGE = (  # when a run is continued
     "log_every",
     "benchmark",
     "init",  # which only a new run reads
+    "recipe",  # the flags that it sets are compared
 )
 
 
@@ -702,8 +704,12 @@ def describe(run, clips, processes, progress):
         device = f"{torch.cuda.get_device_name()} ({device})"
     trained = sum(p.numel() for p in run.model.parameters()) / 1e6
     epochs = args.steps * args.batch_size / len(clips)
+    recipe_flags = [
+        f"--{name.replace('_', '-')} {vars(args)[name]}" for name in RECIPES[args.recipe]
+    ]
     lines = [
         f"data       {clips.source.fingerprint} in {printable(args.data or 'no --data')}",
+        f"recipe     {' '.join([args.recipe, *recipe_flags])}",
         f"log-mel    mean {run.log_mel.mean:.4f}, std {run.log_mel.std:.4f}",
         f"model      {args.model}, {trained:.1f} M trained parameters",
         f"device     {device}, {run.precision}, {processes.count} processes",
@@ -947,6 +953,24 @@ def positive(text):
     return int(text)
 
 
+RECIPES = {  # flags that belong together; what stands on the command line comes first
+    "paper": {},  # the defaults
+    "small": {  # for hours of sound and hours of two CPU cores; the README tells why
+        "model": "tiny",
+        "clip_seconds": 2.5,
+        "batch_size": 32,
+        "steps": 25000,
+        "lr": 2e-3,
+        "warmup": 1000,
+        "ema": 0.99,
+        "ema_end": 0.9995,
+        "target_norm": "clip",
+        "anti_collapse": 0.001,
+        "patch_scale": 3.3,
+    },
+}
+
+
 def parse_args(argv):
     parser = OneLineParser(
         description="Pretrain Audio-JEPA. The defaults are the paper's.",
@@ -957,6 +981,7 @@ def parse_args(argv):
     add(
         "--out", metavar="DIR", default="runs/audio-jepa", help="log, checkpoints; goes on if there"
     )
+    add("--recipe", choices=list(RECIPES), default="paper", help="a set of flags, printed at start")
     add("--init", metavar="CHECKPOINT", help="begin with its weights (of train.py or the authors')")
     add("--model", choices=list(PRESETS), default="base", help="size of the networks")
     add(
@@ -968,6 +993,7 @@ def parse_args(argv):
         help="frames and mel bands of a patch",
     )
     add("--mel-bins", type=positive, default=MEL_BINS, help="mel bands of a spectrogram")
+    add("--patch-scale", type=float, default=1.0, help="of the first patch embedding's weights")
     add("--predictor-dim", type=positive, help="width of the predictor; none: the preset's")
     add("--predictor-depth", type=positive, help="blocks of the predictor; none: the preset's")
     add("--steps", type=positive, default=100000, help="optimizer steps of the whole run")
@@ -992,6 +1018,12 @@ def parse_args(argv):
     add(
         "--loss", choices=list(LOSSES), default="l2", help="l2 is eq. (2), cosine the authors' code"
     )
+    add(
+        "--anti-collapse",
+        type=float,
+        default=0.0,
+        help="weight of a variance-covariance term on the context tokens",
+    )
     add("--mask", choices=list(MASKS), default="random", help="which patches are masked")
     add(
         "--mask-ratio",
@@ -1015,6 +1047,8 @@ def parse_args(argv):
     )
     add("--log-every", type=positive, default=50, help="steps between the lines of the log")
     add("--benchmark", action="store_true", help="measure speed and memory, and train nothing")
+    recipe = RECIPES[parser.parse_known_args(argv)[0].recipe]
+    parser.set_defaults(**recipe)
     args = parser.parse_args(argv)
     check(parser, args)
     return args
