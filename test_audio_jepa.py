@@ -332,7 +332,7 @@ def test_variance_covariance_is_zero_for_white_tokens_alone():
     flat = tokens.flatten(0, 1)
     orthogonal = torch.linalg.qr(flat - flat.mean(0)).Q  # columns of norm 1 and mean 0
     white = (orthogonal * math.sqrt(99)).view(2, 50, 8)
-    one_direction = tokens[:, :, :1].expand(-1, -1, 8)
+    one_direction = 2 * tokens[:, :, :1].expand(-1, -1, 8)  # of enough variance
     assert model.variance_covariance(white).item() == pytest.approx(0, abs=1e-4)
     assert model.variance_covariance(0.5 * white).item() == pytest.approx(25 * 8 * 0.5, rel=1e-3)
     assert model.variance_covariance(one_direction) > 8 * 7 / 2  # all pairs are correlated
