@@ -172,9 +172,10 @@ class Embedding:
         return self.total / self.num_rows
 
     @property
-    def std(self) -> torch.Tensor:
+    def stats(self) -> torch.Tensor:
+        """[2 K], the mean of the rows and their std"""
         variance = self.squares / self.num_rows - self.mean**2
-        return variance.clamp(min=0).sqrt()
+        return torch.cat([self.mean, variance.clamp(min=0).sqrt()])
 
 
 @torch.no_grad()
@@ -221,11 +222,15 @@ def embed(encoder, rows_of, keep_rows, files, args) -> dict[int, Embedding]:
 
 def save_embeddings(args, encoder, files):
     """--out: all embeddings in one .npz, which is renamed when it is whole."""
-    by_time = args.pool == "time"
-    found = embed(encoder, encoder.rows, by_time, files, args)
+    found = embed(encoder, encoder.rows, args.pool == "time", files, args)
     blocks = []  # [rows, K] of each recording
     for embedding in found.values():
-        blocks.append(torch.cat(embedding.rows) if by_time else embedding.mean.unsqueeze(0))
+        if args.pool == "time":
+            blocks.append(torch.cat(embedding.rows))
+        elif args.pool == "stats":
+            blocks.append(embedding.stats.unsqueeze(0))
+        else:
+            blocks.append(embedding.mean.unsqueeze(0))
     config = {
         "model": vars(encoder.network.config),
         "log_mel": encoder.log_mel.config,
@@ -424,7 +429,7 @@ class View:
     encoder: AudioJEPAEncoder
     rows_of: Callable[[torch.Tensor], torch.Tensor]  # [B, window] -> [B, R, K]
     token_width: int  # a row is one token or several side by side
-    add_std: bool = False  # pool to the mean row of a clip and its std, not to the mean alone
+    with_std: bool  # pool to the mean row of a clip and its std, not to the mean alone
 
 
 def views(args, encoder):
@@ -438,13 +443,15 @@ def views(args, encoder):
     def log_mel_rows(waveform):
         return encoder.log_mel(waveform).squeeze(1)  # [B, T, F]
 
-    yield View("log-mel", encoder, log_mel_rows, config.mel_bins, add_std=True)
-    yield View(f"untrained, {args.bands}", untrained, untrained.rows, config.dim)
+    yield View("log-mel", encoder, log_mel_rows, config.mel_bins, with_std=True)
+    with_std = args.pool == "stats"
+    pooling = f"{args.bands}, mean and std" if with_std else args.bands
+    yield View(f"untrained, {pooling}", untrained, untrained.rows, config.dim, with_std)
     for path in args.checkpoints:
         trained = load_encoder(path, args.bands, args.encoder).to(encoder.log_mel.window.device)
         trained.amp = args.amp
-        name = f"{printable(path)}, {args.bands}"
-        yield View(name, trained, trained.rows, trained.network.config.dim)
+        name = f"{printable(path)}, {pooling}"
+        yield View(name, trained, trained.rows, trained.network.config.dim, with_std)
 
 
 def run_probes(args, encoder, files):
@@ -454,15 +461,13 @@ def run_probes(args, encoder, files):
     for view in views(args, encoder):
         found = embed(view.encoder, view.rows_of, "attentive" in args.probe, files, args)
         labels, splits = read_task(args, [files.name(i) for i in found])
-        pooled = torch.stack([embedding.mean for embedding in found.values()])  # [clips, K]
-        if view.add_std:
-            stds = torch.stack([embedding.std for embedding in found.values()])
-            pooled = torch.cat([pooled, stds], dim=1)
+        pooled = []  # [K] or [2 K] of each clip
         tokens = []  # [L, token_width] of each clip
         for embedding in found.values():
+            pooled.append(embedding.stats if view.with_std else embedding.mean)
             if embedding.rows:
                 tokens.append(torch.cat(embedding.rows).reshape(-1, view.token_width))
-        table[view.name] = accuracies(args.probe, pooled, tokens, labels, splits)
+        table[view.name] = accuracies(args.probe, torch.stack(pooled), tokens, labels, splits)
 
     train, valid, test = splits[0]
     about = {
@@ -533,7 +538,10 @@ def parse_args(argv):
         help="the tokens of a row: side by side, or their mean",
     )
     add(
-        "--pool", choices=["clip", "time"], default="clip", help="a row a recording, or each 625 ms"
+        "--pool",
+        choices=["clip", "stats", "time"],
+        default="clip",
+        help="the mean over a recording; mean and std; or a row each 625 ms",
     )
     add("--encoder", choices=["target", "context"], default="target", help="which of the two")
     add("--probe", nargs="+", choices=["knn", "xares-knn", "linear", "attentive"], help="measure")

@@ -1620,6 +1620,16 @@ def test_the_row_of_a_clip_is_the_mean_of_its_rows_in_time(by_time, by_clip):
         assert same_rows(by_time["embeddings"][first:last].mean(0), by_clip["embeddings"][n])
 
 
+def test_pooled_to_stats_a_row_is_mean_and_std_of_the_rows_in_time(
+    checkpoint, recordings, tmp_path, by_time
+):
+    made = embeddings(checkpoint, recordings, tmp_path / "e.npz", "--pool", "stats")
+    for n in range(6):
+        rows = by_time["embeddings"][by_time["offsets"][n] : by_time["offsets"][n + 1]]
+        wanted = np.concatenate([rows.mean(0), rows.std(0)])
+        assert np.abs(made["embeddings"][n] - wanted).max() < 1e-3
+
+
 def test_bands_mean_is_the_mean_of_the_bands_of_concat(checkpoint, recordings, tmp_path, by_clip):
     made = embeddings(checkpoint, recordings, tmp_path / "e.npz", "--bands", "mean")
     assert same_rows(made["embeddings"], by_clip["embeddings"].reshape(6, 8, 64).mean(1))
@@ -2000,6 +2010,56 @@ def test_the_paper_in_20_lines_runs_with_two_copied_files(tmp_path):
     assert done.returncode == 0, done.stderr
     losses = [float(line.split()[-1]) for line in done.stdout.splitlines()]
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_the_stripes_of_the_readme_are_columns():
+    names = {"torch": torch, "MASKS": {}, "mask_lowest": masking.mask_lowest}
+    exec(readme_block("stripes"), names)
+    _, target_idx = names["MASKS"]["stripes"](5, (16, 8), 64, generator())
+    masked = torch.zeros(5, 128).scatter_(1, target_idx, 1.0).view(5, 16, 8)
+    assert torch.equal(masked, masked[:, :, :1].expand(-1, -1, 8))
+
+
+def test_the_fine_tuning_of_the_readme_learns(tmp_path):
+    pretrain(tmp_path)
+    code = readme_block("finetune").replace("runs/tiny/last.pt", str(tmp_path / "last.pt"))
+    done = run_python("-c", code)
+    assert done.returncode == 0, done.stderr
+    losses = [float(line.split()[-1]) for line in done.stdout.splitlines()]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_esc_50_as_it_is_published_becomes_five_folds(tmp_path):
+    folder = tmp_path / "ESC-50-master" / "audio"
+    folder.mkdir(parents=True)
+    for fold in range(1, 6):
+        for label in (0, 36):
+            soundfile.write(folder / f"{fold}-100{fold}-A-{label}.wav", noise(0.1), 44100)
+    subprocess.run(["bash", "-ec", readme_block("esc50")], cwd=tmp_path, check=True)
+    places = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("esc50/*/*/*"))
+    assert places[:2] == ["esc50/fold1/0/1-1001-A-0.wav", "esc50/fold1/36/1-1001-A-36.wav"]
+    files = data.AudioClips(tmp_path / "esc50").source
+    names = [files.name(i) for i in range(len(files))]
+    labels, splits = extract.read_task(SimpleNamespace(data=str(tmp_path), folds=None), names)
+    assert len(splits) == 5
+    assert labels.tolist() == [0, 1] * 5
+
+
+def test_speech_commands_as_published_gets_its_three_splits(tmp_path):
+    folder = tmp_path / "speech_commands_v0.02"
+    for word in ("yes", "no", "_background_noise_"):
+        (folder / word).mkdir(parents=True)
+        for n in range(4):
+            soundfile.write(folder / word / f"{n}_nohash_0.wav", noise(0.1), 16000)
+    (folder / "validation_list.txt").write_text("yes/1_nohash_0.wav\nno/1_nohash_0.wav\n")
+    (folder / "testing_list.txt").write_text("yes/2_nohash_0.wav\nno/2_nohash_0.wav\n")
+    subprocess.run(["bash", "-ec", readme_block("speech-commands")], cwd=tmp_path, check=True)
+    files = data.AudioClips(tmp_path / "commands").source
+    names = [files.name(i) for i in range(len(files))]
+    labels, splits = extract.read_task(SimpleNamespace(data=str(tmp_path), folds=None), names)
+    ((train_rows, valid_rows, test_rows),) = splits
+    assert (len(train_rows), len(valid_rows), len(test_rows)) == (4, 2, 2)
+    assert labels.max() == 1
 
 
 def test_the_demonstrations_run():
