@@ -2020,46 +2020,42 @@ def test_the_stripes_of_the_readme_are_columns():
     assert torch.equal(masked, masked[:, :, :1].expand(-1, -1, 8))
 
 
-def test_the_fine_tuning_of_the_readme_learns(tmp_path):
-    pretrain(tmp_path)
-    code = readme_block("finetune").replace("runs/tiny/last.pt", str(tmp_path / "last.pt"))
+def test_the_fine_tuning_of_the_readme_learns(checkpoint):
+    code = readme_block("finetune").replace("runs/tiny/last.pt", str(checkpoint))
     done = run_python("-c", code)
     assert done.returncode == 0, done.stderr
     losses = [float(line.split()[-1]) for line in done.stdout.splitlines()]
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_esc_50_as_it_is_published_becomes_five_folds(tmp_path):
-    folder = tmp_path / "ESC-50-master" / "audio"
-    folder.mkdir(parents=True)
-    for fold in range(1, 6):
-        for label in (0, 36):
-            soundfile.write(folder / f"{fold}-100{fold}-A-{label}.wav", noise(0.1), 44100)
-    subprocess.run(["bash", "-ec", readme_block("esc50")], cwd=tmp_path, check=True)
-    places = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("esc50/*/*/*"))
-    assert places[:2] == ["esc50/fold1/0/1-1001-A-0.wav", "esc50/fold1/36/1-1001-A-36.wav"]
-    files = data.AudioClips(tmp_path / "esc50").source
-    names = [files.name(i) for i in range(len(files))]
-    labels, splits = extract.read_task(SimpleNamespace(data=str(tmp_path), folds=None), names)
-    assert len(splits) == 5
-    assert labels.tolist() == [0, 1] * 5
-
-
-def test_speech_commands_as_published_gets_its_three_splits(tmp_path):
-    folder = tmp_path / "speech_commands_v0.02"
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """ESC-50 and Speech Commands as they are published, a few sounds each, and then the README."""
+    folder = tmp_path_factory.mktemp("published")
+    names = [
+        f"ESC-50-master/audio/{fold}-9{fold}-A-{c}.wav" for fold in range(1, 6) for c in (0, 36)
+    ]
     for word in ("yes", "no", "_background_noise_"):
-        (folder / word).mkdir(parents=True)
-        for n in range(4):
-            soundfile.write(folder / word / f"{n}_nohash_0.wav", noise(0.1), 16000)
-    (folder / "validation_list.txt").write_text("yes/1_nohash_0.wav\nno/1_nohash_0.wav\n")
-    (folder / "testing_list.txt").write_text("yes/2_nohash_0.wav\nno/2_nohash_0.wav\n")
-    subprocess.run(["bash", "-ec", readme_block("speech-commands")], cwd=tmp_path, check=True)
-    files = data.AudioClips(tmp_path / "commands").source
-    names = [files.name(i) for i in range(len(files))]
-    labels, splits = extract.read_task(SimpleNamespace(data=str(tmp_path), folds=None), names)
-    ((train_rows, valid_rows, test_rows),) = splits
-    assert (len(train_rows), len(valid_rows), len(test_rows)) == (4, 2, 2)
-    assert labels.max() == 1
+        names += [f"speech_commands_v0.02/{word}/{n}_nohash_0.wav" for n in range(4)]
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(folder / name, noise(0.1), 16000)
+    for split, n in [("validation", 1), ("testing", 2)]:
+        lines = f"yes/{n}_nohash_0.wav\nno/{n}_nohash_0.wav\n"
+        (folder / "speech_commands_v0.02" / f"{split}_list.txt").write_text(lines)
+    subprocess.run(["bash", "-ec", readme_block("published")], cwd=folder, check=True)
+    return folder
+
+
+def test_esc_50_as_it_is_published_becomes_five_folds(checkpoint, published):
+    found = probe(checkpoint, published / "esc50", "knn")
+    assert [found["folds"], found["classes"], found["train"], found["test"]] == [5, 2, 8, 2]
+
+
+def test_speech_commands_as_published_gets_its_three_splits(checkpoint, published):
+    found = probe(checkpoint, published / "commands", "knn")
+    counts = [found[split] for split in ("train", "valid", "test")]
+    assert [*counts, found["classes"]] == [4, 2, 2, 2]
 
 
 def test_the_demonstrations_run():
@@ -2073,6 +2069,8 @@ def test_every_flag_in_the_readme_exists():
     help_texts = [run_python(script, "--help").stdout for script in scripts]
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", (HERE / "README.md").read_text()))
     of_others = {"--nproc", "--standalone", "--max-jobs", "--max-restarts", "--shm-size"}
+    of_others |= {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task"}
+    of_others |= {"--signal", "--requeue", "--nnodes", "--rdzv"}
     missing = [flag for flag in named - of_others if flag not in "".join(help_texts)]
     assert missing == []
 

@@ -8,7 +8,8 @@
 
 Masks, clips, windows and schedules are pure functions of (seed, step). So one process, several
 processes, accumulated micro-batches, or a run that was cut off and started again with the same
---out are all the same run, up to the rounding of sums in another order. To continue, a checkpoint
+--out are all the same run, up to the rounding of sums in another order. (Not with --anti-collapse,
+which compares the clips of a micro-batch with each other.) To continue, a checkpoint
 needs the weights, the optimizer and the number of the step. It holds no random state, because there
 is none.
 
@@ -959,7 +960,7 @@ RECIPES = {  # flags that belong together; what stands on the command line comes
         "model": "tiny",
         "clip_seconds": 2.5,
         "batch_size": 32,
-        "steps": 25000,
+        "steps": 40000,
         "lr": 2e-3,
         "warmup": 1000,
         "ema": 0.99,
