@@ -558,6 +558,8 @@ def parse_args(argv):
         parser.error(f"--folds {args.folds}: at least 2 are needed")
     if args.out and len(args.checkpoints) > 1:
         parser.error("--out takes one checkpoint")
+    if args.probe and args.pool == "time":
+        parser.error("--pool time goes with --out: a probe has one row a recording")
     if args.out and (args.json or args.folds):
         parser.error("--json and --folds go with --probe")
     for path in (args.out, args.json):

@@ -8,10 +8,10 @@
 
 Masks, clips, windows and schedules are pure functions of (seed, step). So one process, several
 processes, accumulated micro-batches, or a run that was cut off and started again with the same
---out are all the same run, up to the rounding of sums in another order. (Not with --anti-collapse,
-which compares the clips of a micro-batch with each other.) To continue, a checkpoint
-needs the weights, the optimizer and the number of the step. It holds no random state, because there
-is none.
+--out are all the same run, up to the rounding of sums in another order. (One exception: with
+--anti-collapse the clips of a micro-batch are compared with each other, so that it matters how a
+batch is cut.) To continue, a checkpoint needs the weights, the optimizer and the number of the
+step. It holds no random state, because there is none.
 
 Letters in the shape comments: B clips of a micro-batch, N patches of a clip, C visible and M masked
 ones, D encoder width, T spectrogram frames, F mel bands.
@@ -954,9 +954,9 @@ def positive(text):
     return int(text)
 
 
-RECIPES = {  # flags that belong together; what stands on the command line comes first
+RECIPES = {  # flags that belong together; one that is given on the command line wins
     "paper": {},  # the defaults
-    "small": {  # for hours of sound and hours of two CPU cores; the README tells why
+    "small": {  # for some hours of sound and two hours of two CPU cores; the README tells why
         "model": "tiny",
         "clip_seconds": 2.5,
         "batch_size": 32,
@@ -994,7 +994,7 @@ def parse_args(argv):
         help="frames and mel bands of a patch",
     )
     add("--mel-bins", type=positive, default=MEL_BINS, help="mel bands of a spectrogram")
-    add("--patch-scale", type=float, default=1.0, help="of the first patch embedding's weights")
+    add("--patch-scale", type=float, default=1.0, help="multiplies the first patch embedding")
     add("--predictor-dim", type=positive, help="width of the predictor; none: the preset's")
     add("--predictor-depth", type=positive, help="blocks of the predictor; none: the preset's")
     add("--steps", type=positive, default=100000, help="optimizer steps of the whole run")
