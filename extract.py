@@ -9,7 +9,7 @@ A window gives 16 rows, one for each 625 ms; a row is made of 8 tokens, one for 
 frequencies. Only rows that the recording reaches into are used.
 
 Letters in the shape comments: B windows, N tokens of a window, D encoder width, R rows of a window
-(of an encoder, or the frames of a log-mel), K numbers in a row, L tokens of a recording.
+(of an encoder, or the frames of a log-mel) or of a recording, K numbers in a row.
 """
 
 import copy
@@ -284,31 +284,32 @@ def knn(probe, embeddings, labels, classes, train, test):
 
 
 class Probe(nn.Module):
-    """LayerNorm and one Linear: (tokens [B, L, K], padding [B, L]) -> [B, classes].
+    """LayerNorm and one Linear: (rows [B, R, K], padding [B, R]) -> [B, classes].
 
-    Linear: of the only token, the pooled embedding, as in X-ARES. Attentive: of what one learned
-    query draws out of all tokens, in 8 heads.
+    Linear: of the only row, the pooled embedding, as in X-ARES. Attentive: of what one learned
+    query draws out of all rows, in 8 heads of 64 numbers.
     """
 
     def __init__(self, width, classes, attentive):
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, classes)
-        self.query = nn.Parameter(0.02 * torch.randn(1, width))
         self.attention = None
         if attentive:
-            self.attention = nn.MultiheadAttention(width, math.gcd(8, width), batch_first=True)
+            self.attention = nn.MultiheadAttention(512, 8, kdim=width, vdim=width, batch_first=True)
+            self.query = nn.Parameter(0.02 * torch.randn(1, 512))
+            width = 512
+        self.head = nn.Linear(width, classes)
 
-    def forward(self, tokens, padding):
-        tokens = self.norm(tokens)
+    def forward(self, rows, padding):
+        rows = self.norm(rows)
         if self.attention is not None:
-            query = self.query.expand(len(tokens), 1, -1)
-            tokens, _ = self.attention(query, tokens, tokens, padding)
-        return self.head(tokens[:, 0])
+            query = self.query.expand(len(rows), 1, -1)
+            rows, _ = self.attention(query, rows, rows, padding)
+        return self.head(rows[:, 0])
 
 
-def train_probe(tokens, attentive, labels, classes, train, valid, test):
-    """Train a Probe on frozen tokens, a tensor [L, K] for each clip -> accuracies: valid, test.
+def train_probe(rows, attentive, labels, classes, train, valid, test):
+    """Train a Probe on frozen rows, a tensor [R, K] for each clip -> accuracies: valid, test.
 
     As X-ARES: 10 epochs of Adam, batch 32, the rate on a cosine from 1e-3 to a tenth. What counts
     is the epoch that is best on `valid`, or on a tenth of `train` if there is no `valid`.
@@ -319,13 +320,13 @@ def train_probe(tokens, attentive, labels, classes, train, valid, test):
         train = train[~is_valid]
     torch.manual_seed(0)
     device = choose_device(launched_processes())
-    probe = Probe(tokens[0].shape[1], classes, attentive).to(device)
+    probe = Probe(rows[0].shape[1], classes, attentive).to(device)
     optimizer = torch.optim.Adam(probe.parameters())
 
     def logits(batch):
-        some = [tokens[clip] for clip in batch.tolist()]
+        some = [rows[clip] for clip in batch.tolist()]
         lengths = torch.tensor([len(clip) for clip in some])
-        padded = pad_sequence(some, batch_first=True)  # [B, L, K]
+        padded = pad_sequence(some, batch_first=True)  # [B, R, K]
         padding = torch.arange(padded.shape[1]) >= lengths.unsqueeze(1)
         return probe(padded.to(device), padding.to(device)).cpu()
 
@@ -428,7 +429,6 @@ class View:
     name: str
     encoder: AudioJEPAEncoder
     rows_of: Callable[[torch.Tensor], torch.Tensor]  # [B, window] -> [B, R, K]
-    token_width: int  # a row is one token or several side by side
     with_std: bool  # pool to the mean row of a clip and its std, not to the mean alone
 
 
@@ -436,22 +436,22 @@ def views(args, encoder):
     """Two baselines that an encoder has to beat, log-mel and this encoder before any training; then
     the encoder of each checkpoint."""
     untrained = copy.deepcopy(encoder)
-    config = encoder.network.config
     torch.manual_seed(0)
-    untrained.network = VisionTransformer(config).to(encoder.log_mel.window.device)
+    network = VisionTransformer(encoder.network.config)
+    untrained.network = network.to(encoder.log_mel.window.device)
 
     def log_mel_rows(waveform):
         return encoder.log_mel(waveform).squeeze(1)  # [B, T, F]
 
-    yield View("log-mel", encoder, log_mel_rows, config.mel_bins, with_std=True)
+    yield View("log-mel", encoder, log_mel_rows, with_std=True)
     with_std = args.pool == "stats"
     pooling = f"{args.bands}, mean and std" if with_std else args.bands
-    yield View(f"untrained, {pooling}", untrained, untrained.rows, config.dim, with_std)
+    yield View(f"untrained, {pooling}", untrained, untrained.rows, with_std)
     for path in args.checkpoints:
         trained = load_encoder(path, args.bands, args.encoder).to(encoder.log_mel.window.device)
         trained.amp = args.amp
         name = f"{printable(path)}, {pooling}"
-        yield View(name, trained, trained.rows, trained.network.config.dim, with_std)
+        yield View(name, trained, trained.rows, with_std)
 
 
 def run_probes(args, encoder, files):
@@ -462,12 +462,12 @@ def run_probes(args, encoder, files):
         found = embed(view.encoder, view.rows_of, "attentive" in args.probe, files, args)
         labels, splits = read_task(args, [files.name(i) for i in found])
         pooled = []  # [K] or [2 K] of each clip
-        tokens = []  # [L, token_width] of each clip
+        rows = []  # [R, K] of each clip, if a probe wants them
         for embedding in found.values():
             pooled.append(embedding.stats if view.with_std else embedding.mean)
             if embedding.rows:
-                tokens.append(torch.cat(embedding.rows).reshape(-1, view.token_width))
-        table[view.name] = accuracies(args.probe, torch.stack(pooled), tokens, labels, splits)
+                rows.append(torch.cat(embedding.rows))
+        table[view.name] = accuracies(args.probe, torch.stack(pooled), rows, labels, splits)
 
     train, valid, test = splits[0]
     about = {
@@ -495,19 +495,19 @@ def run_probes(args, encoder, files):
             file.write(json.dumps(about | {"accuracy": table}).encode())
 
 
-def accuracies(probes, pooled, tokens, labels, splits):
+def accuracies(probes, pooled, rows, labels, splits):
     """Accuracy of each probe on the test split, and on the valid split if there is one, which is
-    there to choose by; means over folds. pooled [clips, K], tokens [L, K] of each clip."""
+    there to choose by; means over folds. pooled [clips, K], rows [R, K] of each clip."""
     classes = 1 + int(labels.max())
     of_folds = defaultdict(list)
     for probe in probes:
         for split in splits:
             train, valid, test = split
             if probe == "linear":
-                one_token = pooled.unsqueeze(1)
-                on_valid, on_test = train_probe(one_token, False, labels, classes, *split)
+                one_row = pooled.unsqueeze(1)
+                on_valid, on_test = train_probe(one_row, False, labels, classes, *split)
             elif probe == "attentive":
-                on_valid, on_test = train_probe(tokens, True, labels, classes, *split)
+                on_valid, on_test = train_probe(rows, True, labels, classes, *split)
             else:
                 on_valid = knn(probe, pooled, labels, classes, train, valid)
                 on_test = knn(probe, pooled, labels, classes, train, test)

@@ -1717,23 +1717,23 @@ def test_xares_knn_is_its_formula():
     assert extract.knn("xares-knn", x, y, 4, train, test) == right / 40
 
 
-@pytest.mark.parametrize("other_tokens", [0, 4], ids=["linear", "attentive"])
-def test_a_probe_finds_what_is_there_and_nothing_else(other_tokens):
+@pytest.mark.parametrize("other_rows", [0, 4], ids=["linear", "attentive"])
+def test_a_probe_finds_what_is_there_and_nothing_else(other_rows):
     x, y, *splits = labelled(1.0, clips=400, width=256)
-    noise_tokens = torch.randn(400, other_tokens, 256)
-    tokens = list(torch.cat([noise_tokens, x.unsqueeze(1)], dim=1))
-    attentive = other_tokens > 0
-    assert min(extract.train_probe(tokens, attentive, y, 4, *splits)) >= 0.9
+    noise_rows = torch.randn(400, other_rows, 256)
+    rows = list(torch.cat([noise_rows, x.unsqueeze(1)], dim=1))
+    attentive = other_rows > 0
+    assert min(extract.train_probe(rows, attentive, y, 4, *splits)) >= 0.9
     shuffled = y[torch.randperm(400)]
-    assert extract.train_probe(tokens, attentive, shuffled, 4, *splits)[1] < 0.5
+    assert extract.train_probe(rows, attentive, shuffled, 4, *splits)[1] < 0.5
 
 
 def test_the_attentive_probe_ignores_padding():
     attentive = extract.Probe(16, 3, attentive=True)
-    tokens = torch.randn(1, 5, 16)
+    rows = torch.randn(1, 5, 16)
     padding = torch.tensor([[False, False, True, True, True]])
-    without_padding = attentive(tokens[:, :2], padding[:, :2])
-    assert torch.allclose(attentive(tokens, padding), without_padding, atol=1e-5)
+    without_padding = attentive(rows[:, :2], padding[:, :2])
+    assert torch.allclose(attentive(rows, padding), without_padding, atol=1e-5)
 
 
 def write_task(folder, splits):
@@ -1977,6 +1977,7 @@ def test_a_hostile_checkpoint_is_refused_and_not_executed(checkpoint, tmp_path, 
         ("--out x.npz --json y.json", "--json"),
         ("--out nowhere/x.npz", "nowhere/x.npz"),
         ("more.pt --out x.npz", "one checkpoint"),
+        ("--probe knn --pool time", "--pool"),
     ],
 )
 def test_what_is_wrong_with_the_flags_of_extract_is_said(capsys, flags, hint):
