@@ -29,6 +29,7 @@ DRUMS = {  # how the kits name them
     "tom": r"tom",
     "cymbal": r"crash|ride|cymb|splash|china",
 }
+SOUNDS = (".wav", ".ogg", ".opus", ".flac")
 TEST_KITS = ("ForzeeStereo", "HardElectro1", "Millo_MultiLayered3", "Millo-Drums_v.1", "VariBreaks")
 
 
@@ -39,13 +40,9 @@ def sounds_of(package, out):
         print("getting", package, flush=True)
         folder.mkdir(parents=True)
         subprocess.run(["apt-get", "download", "-qq", package], cwd=folder, check=True)
-        (deb,) = folder.glob("*.deb")
-        subprocess.run(["dpkg-deb", "-x", deb.name, "."], cwd=folder, check=True)
-        deb.unlink()
-    paths = [
-        path for path in folder.rglob("*") if path.suffix in (".wav", ".ogg", ".opus", ".flac")
-    ]
-    return sorted(path for path in paths if path.is_file() and not path.is_symlink())
+        subprocess.run("dpkg-deb -x *.deb . && rm *.deb", shell=True, cwd=folder, check=True)
+    paths = [path for path in folder.rglob("*") if path.suffix in SOUNDS]
+    return sorted(path for path in paths if not path.is_symlink())
 
 
 def put(path, folder, name):

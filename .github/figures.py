@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import AudioClips
 from data import LogMel
+from extract import load_encoder
 from masking import random_mask
 from model import JEPAConfig
 from model import Predictor
@@ -85,7 +86,7 @@ def draw_mask(checkpoint, sound, out):
     seen = spectrogram.masked_fill(per_pixel(masked, config) > 0, torch.nan)
     errors = torch.full((num_patches,), torch.nan).scatter_(0, target_idx[0], error[0])
     seconds = nets.log_mel.clip_seconds
-    figure, rows = plt.subplots(3, 1, figsize=(8, 6), sharex=True, layout="constrained")
+    figure, rows = plt.subplots(3, 1, figsize=(8, 4.6), sharex=True, layout="constrained")
     show(rows[0], spectrogram, "log-mel", config, seconds)
     show(rows[1], seen, "what the context encoder sees", config, seconds)
     title = "squared error of the prediction, mean over the features of a masked patch"
@@ -98,21 +99,32 @@ def draw_mask(checkpoint, sound, out):
 
 @torch.no_grad()
 def draw_tokens(checkpoint, sound, out):
-    nets = Networks(checkpoint, sound)
-    config = nets.config
-    tokens = nets.target_encoder(nets.spectrogram)[0]  # [N, D]
-    tokens = tokens - tokens.mean(0)
-    directions = torch.linalg.svd(tokens, full_matrices=False).Vh[:3]
-    colours = tokens @ directions.T  # [N, 3]
+    """The first 20 s. What the tokens at one place of a window have in common is taken away first:
+    three colours would show little else, and it tells of the place alone."""
+    encoder = load_encoder(checkpoint)
+    config = encoder.network.config
+    files = AudioClips(sound, encoder.sampling_rate).source
+    windows = [torch.from_numpy(window) for window in files.windows(0, encoder.window)]
+    waveform = torch.cat(windows[:-1]).unsqueeze(0)  # the last one is shorter
+    tokens = encoder(waveform).view(-1, *config.grid, config.dim)  # [windows, 16, 8, D]
+    tokens = (tokens - tokens.mean(0)).flatten(0, 1)  # [R, 8, D]
+    tokens = tokens[: round(20_000 / encoder.hop_size_in_ms)]
+    seconds = len(tokens) * encoder.hop_size_in_ms / 1000
+    flat = tokens.flatten(0, 1)
+    flat = flat - flat.mean(0)
+    directions = torch.linalg.svd(flat, full_matrices=False).Vh[:3]
+    colours = flat @ directions.T  # [R * 8, 3]
     low = colours.quantile(0.02, dim=0)
     high = colours.quantile(0.98, dim=0)
     colours = ((colours - low) / (high - low)).clamp(0, 1)
-    picture = colours.view(*config.grid, 3).transpose(0, 1)
-    seconds = nets.log_mel.clip_seconds
-    figure, rows = plt.subplots(2, 1, figsize=(8, 4), sharex=True, layout="constrained")
-    show(rows[0], nets.spectrogram[0, 0], "log-mel", config, seconds)
+    picture = colours.view(len(tokens), -1, 3).transpose(0, 1)  # [8, R, 3]
+
+    samples = round(seconds * encoder.sampling_rate)
+    spectrogram = encoder.log_mel.frames(waveform[:, :samples])[0]
+    figure, rows = plt.subplots(2, 1, figsize=(8, 3.6), sharex=True, layout="constrained")
+    show(rows[0], spectrogram, "log-mel", config, seconds)
     extent = (0, seconds, 0, config.mel_bins)
-    rows[1].imshow(picture, origin="lower", aspect="auto", extent=extent)
+    rows[1].imshow(picture, origin="lower", aspect="auto", extent=extent, interpolation="nearest")
     title = "its tokens: three principal components as red, green, blue"
     rows[1].set_title(title, fontsize=10, loc="left")
     rows[1].set_xlabel("seconds")
