@@ -64,8 +64,8 @@ class LogMel(nn.Module):
 
     There is a frame every `hop` = sample_rate * clip_seconds / time_bins samples (1250, or 39 ms),
     seen through a window of 2.5 hops. ValueError if the hop is not a whole number of samples.
-    Another front end is a subclass with other `frames`, as AuthorsLogMel in train.py; `main` of
-    train.py, AudioJEPAEncoder and `pack` name the class.
+    Another front end is a subclass with other `frames`, as AuthorsLogMel in train.py; `train`
+    of train.py, AudioJEPAEncoder and `pack` name the class.
     """
 
     def __init__(
@@ -94,16 +94,9 @@ class LogMel(nn.Module):
         filters, _ = kaldi.get_mel_banks(
             mel_bins, self.fft_length, sample_rate, 20.0, sample_rate / 2, *no_warping
         )
-        self.filters = filters.T  # [fft / 2, F]
-        self.window = torch.hann_window(self.window_length, periodic=False)
-
-    def _apply(self, fn, recurse=True):
-        # What .to(device), .half() and .double() do to a module. We follow to another device, and
-        # stay in fp32.
-        device = fn(torch.empty(0)).device
-        self.filters = self.filters.to(device)
-        self.window = self.window.to(device)
-        return self
+        window = torch.hann_window(self.window_length, periodic=False)
+        self.register_buffer("filters", filters.T, persistent=False)  # [fft / 2, F]
+        self.register_buffer("window", window, persistent=False)
 
     @property
     def config(self) -> dict:
@@ -115,11 +108,11 @@ class LogMel(nn.Module):
         """Raw log-mel: [B, samples], at least a window -> [B, round(samples / hop), F]."""
         x = self.cut(waveform)  # [B, T, window]
         x = x - x.mean(dim=2, keepdim=True)
-        # Pre-emphasis. It costs a frame its first sample, where the window is 0 anyway.
+        # Pre-emphasis. The difference has one sample less: the first, where the window is 0 anyway.
         x = x[..., 1:] - 0.97 * x[..., :-1]
-        spectrum = torch.fft.rfft(x * self.window[1:], n=self.fft_length)
+        spectrum = torch.fft.rfft(x * self.window[1:].float(), n=self.fft_length)
         power = spectrum.real.square() + spectrum.imag.square()  # [B, T, fft / 2 + 1]
-        mel = power[..., :-1] @ self.filters  # [B, T, F]; Kaldi leaves the last bin out
+        mel = power[..., :-1] @ self.filters.float()  # [B, T, F]; Kaldi leaves the last bin out
         return mel.clamp(min=FLOOR).log()
 
     def cut(self, waveform):
@@ -149,7 +142,7 @@ def measure_mean_std(clips, log_mel: LogMel, device, workers: int) -> tuple[floa
     """Mean and std of the un-normalised log-mel over the first 256 clips that training will see.
 
     They are two numbers for the whole set, as in AST and AudioMAE, and not two for each band.
-    ValueError if none of those clips can be read.
+    `log_mel` has mean 0 and std 1 so far. ValueError if none of those clips can be read.
     """
     order = clip_order(len(clips), clips.seed, batch_size=16, steps=range(16), rows=[slice(0, 16)])
     log_mels = []
@@ -227,9 +220,7 @@ class AudioFiles(Recordings):
             promised = sound.frames  # by the header
             count = math.ceil(length * rate / self.rate)
             spare = max(promised - count, 0)
-            place = 0.0  # of the window: 0 is at the start, 1 as late as it fits
-            if spare > 0:
-                place = rng.random()
+            place = rng.random()  # of the window: 0 is at the start, 1 as late as it fits
             start = int(place * (spare + 1))
             waveform = decode(sound, start, count)
         if len(waveform) < count < promised:
@@ -288,11 +279,8 @@ class PackedFrames(Recordings):
 
 @functools.cache
 def map_shard(path):
-    """The frames [T, F] of a packed file: mapped, not read. Unlike numpy, torch keeps no file open
-    for this."""
-    numbers = os.path.getsize(path) // 2
-    flat = torch.from_file(os.fsdecode(path), shared=False, size=numbers, dtype=torch.float16)
-    return flat.numpy().reshape(-1, MEL_BINS)
+    """The frames [T, F] of a packed file: mapped, not read."""
+    return np.memmap(os.fsdecode(path), np.float16, mode="r").reshape(-1, MEL_BINS)
 
 
 class SyntheticSounds:
@@ -380,7 +368,7 @@ class Clips(Dataset):
         bad = []
         reads = 0
         missing = self.length
-        while missing >= self.patch and reads < 1000:  # bounded, for a set of nothing but clicks
+        while missing >= self.patch and reads < 1000:  # recordings of a few samples never fill it
             reads += 1
             try:
                 window = self.source.window(i, missing, rng)
@@ -391,8 +379,6 @@ class Clips(Dataset):
                 if len(bad) == 10 and not parts:
                     return Reading(None, reads, bad)
             i = rng.randrange(len(self))
-        if missing == 0 and len(parts) == 1:
-            return Reading(parts[0], reads, bad)  # the usual case, without a copy
         shape = (missing, *parts[0].shape[1:])
         parts.append(np.full(shape, self.source.silence, parts[0].dtype))
         return Reading(np.concatenate(parts), reads, bad)
@@ -608,8 +594,7 @@ def warn(message):
 
 def printable(name: str | bytes | os.PathLike) -> str:
     """A path on one line, whatever bytes it holds."""
-    characters = [c if c.isprintable() else repr(c)[1:-1] for c in os.fsdecode(name)]
-    return "".join(characters)
+    return repr(os.fsdecode(name))[1:-1]
 
 
 # Bytes in a frame of 128 kbit/s (MPEG-1) or 80 (MPEG-2 and 2.5), by the second byte of its header
@@ -703,7 +688,7 @@ def whole_file(path: str | os.PathLike):
     except (OSError, RuntimeError) as error:
         if os.path.exists(temporary):
             os.remove(temporary)
-        reason = error.__context__ or error  # torch hides what the disk said
+        reason = error.__context__ or error  # torch.save raises another error than the disk's
         raise OSError(f"cannot write {path}: {reason}; what was there before is kept") from error
 
 

@@ -388,9 +388,6 @@ def read_task(args, names):
     splits = [split_of(top) for top in tops]
     has_folds = all(top.startswith("fold") for top in tops)
     has_splits = None not in splits or {"train", "test"} <= set(splits)  # "train" may be a class
-    if has_splits and "test" not in splits:
-        # There are train/ and dev/ alone: then dev/ is the test.
-        splits = ["test" if split == "valid" else split for split in splits]
     if has_splits and (None in splits or not {"train", "test"} <= set(splits)):
         raise ValueError(wanted)
     if args.folds and (has_splits or has_folds):

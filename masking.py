@@ -116,10 +116,10 @@ def draw_masks(
     step before. That is why a run that is continued, or split over processes, draws the same masks,
     and why no random state is ever saved.
     """
-    rng = random.Random(f"masks of seed {seed}, step {step}")  # hashed: near seeds share nothing
+    # random.Random hashes a string, so that steps 1 and 2 give unrelated numbers.
+    rng = random.Random(f"masks of seed {seed}, step {step}")
     num_patches = grid[0] * grid[1]
     num_masked = round(rng.uniform(*mask_ratio) * num_patches)
-    num_masked = min(max(num_masked, 1), num_patches - 1)
     generator = torch.Generator(device).manual_seed(rng.getrandbits(63))
     return mask_fn(batch_size, grid, num_masked, generator)
 

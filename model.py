@@ -294,26 +294,27 @@ def variance_covariance(tokens: torch.Tensor) -> torch.Tensor:
     variance = covariance.diagonal()
     too_small = F.relu(1 - torch.sqrt(variance + 1e-4)).sum()  # + 1e-4: sqrt is too steep at 0
     correlated = covariance.square().sum() - variance.square().sum()
-    return 25 * too_small + correlated  # 25 to 1, as in VICReg
+    # 25 to 1, as in VICReg, which divides both sums by D: our values are D times as large.
+    return 25 * too_small + correlated
 
 
 LOSSES = {"l2": l2_loss, "smooth_l1": smooth_l1_loss, "cosine": cosine_loss}
 
 
-def normalise_targets(targets: torch.Tensor, over: str = "token") -> torch.Tensor:
+def normalise_targets(targets: torch.Tensor, within: str = "token") -> torch.Tensor:
     """Give the targets mean 0 and variance 1: [B, N, D] -> [B, N, D], fp32.
 
-    over "token": each token over its features (as I-JEPA). over "clip": each feature over the
-    tokens of its clip (as data2vec). What all tokens of a clip share is then no part of a target:
-    the context gives it away, and predicting it teaches little.
+    Within a "token": over its features (as I-JEPA). Within a "clip": each feature over the tokens
+    of the clip (as data2vec). What all tokens of a clip share is then no part of a target: the
+    context gives it away, and predicting it teaches little.
 
     Why: the last LayerNorm of the encoder has a learned scale, which nothing holds in place. The
     targets follow it, through the moving average. As it shrinks, so do the targets and their
     distance to any prediction: the loss would fall without anything being learned.
     """
-    if over == "clip":
-        return F.instance_norm(targets.float().mT).mT
-    return F.layer_norm(targets.float(), targets.shape[-1:])
+    axis = 1 if within == "clip" else 2
+    variance, mean = torch.var_mean(targets.float(), axis, correction=0, keepdim=True)
+    return (targets - mean) / torch.sqrt(variance + 1e-5)
 
 
 class JEPA(nn.Module):
@@ -349,9 +350,10 @@ class JEPA(nn.Module):
         wanted = gather_tokens(normalised, target_idx)  # [B, M, D], f_tgt(x)_j for j in M
         loss = self.loss(predictions.float(), wanted)
         if self.anti_collapse > 0:
-            # Its gradient counts, its value does not: the loss in the log stays that of eq. (2).
+            # This adds the gradient of the term to the gradient, and 0 to the value: the loss in
+            # the log stays that of eq. (2).
             term = self.anti_collapse * variance_covariance(context)
-            loss = loss + term - term.detach()
+            loss = loss + (term - term.detach())
         return loss
 
 

@@ -4,7 +4,7 @@
     python train.py                                             the paper's sizes, synthetic clips
     torchrun --nproc_per_node=4 train.py --data /audioset       the paper's run
 
-`train_step` is the method, `main` is a run from its flags to its end.
+`train_step` is the method, `train` is a run from its flags to its end.
 
 Masks, clips, windows and schedules are pure functions of (seed, step). So one process, several
 processes, accumulated micro-batches, or a run that was cut off and started again with the same
@@ -24,6 +24,7 @@ import dataclasses
 import functools
 import math
 import os
+import resource
 import signal
 import sys
 import threading
@@ -63,6 +64,7 @@ from model import LOSSES
 from model import PRESETS
 from model import JEPAConfig
 from model import VisionTransformer
+from model import count_millions
 from model import gather_tokens
 from model import gflops_per_clip
 from model import normalise_targets
@@ -139,7 +141,7 @@ def train_step(run: Run, step: int, clips: list[torch.Tensor]) -> StepResult:
 
         # DDP averages the gradients of all processes during `backward`. Until the last micro-batch
         # they only add up in each process: one average of the sum is the same, and costs less.
-        # (In a single process there is no DDP, and nobody reads this.)
+        # (This is what DDP's no_sync() sets. Without DDP it has no meaning.)
         run.ddp_model.require_backward_grad_sync = micro == args.accum - 1
 
         mixed = run.precision != torch.float32
@@ -201,141 +203,144 @@ class Progress:
 
 
 def main(argv: list[str] | None = None) -> None:
-    # Flags
     args = parse_args(argv)
-    out = Path(args.out)
     with StopSignals() as stop:
-        # Device, data, an earlier checkpoint: whatever is wrong with them is said in one line
-        processes = launched_processes()
-        is_first = processes.rank == 0
-        try:
-            device = choose_device(processes)
-            config = config_of(args)
-            log_mel = LogMel(
-                args.sample_rate, args.clip_seconds, config.time_bins, config.mel_bins
-            ).to(device)
-            out.mkdir(parents=True, exist_ok=True)
-            if not os.access(out, os.W_OK):
-                raise ValueError(f"--out {out}: no permission to write there")
-            checkpoint = None if args.benchmark else find_checkpoint(out)
-            first_weights = read_first_weights(args, checkpoint)
-            clips = open_clips(args)
-        except (OSError, ValueError) as error:
-            fail(error)
+        train(args, stop)
 
-        # Processes
-        start_processes(processes, device)
-        amp = from_first_process(choose_amp(args.amp, device.type, checkpoint))
-        precision = PRECISIONS[amp]
-        settings = settings_of(args, clips, amp)
 
-        # Model. Every process draws the same weights from the same seed.
-        torch.manual_seed(args.seed)
-        model = JEPA(config, args.loss, args.target_norm, args.anti_collapse).to(device)
-        target_encoder = copy.deepcopy(model.context_encoder).requires_grad_(False)
-        if args.compile:
-            for network in (model.context_encoder, model.predictor, target_encoder):
-                network.compile()  # in place, so that the names of weights stay
-        # The target encoder stays outside DDP, which is there to average gradients, and it has
-        # none. Its copies stay identical all the same: they start alike, and each of them follows
-        # a context encoder that DDP keeps identical.
-        ddp_model = model
-        if processes.count > 1:
-            ddp_model = DistributedDataParallel(
-                model,
-                broadcast_buffers=False,  # they are position tables, which never change
-                gradient_as_bucket_view=True,  # saves a copy of all gradients
-            )
+def train(args: argparse.Namespace, stop: "StopSignals") -> None:
+    """A run from its flags to its end."""
+    out = Path(args.out)
 
-        # Optimizer
-        optimizer = make_optimizer(model, args.weight_decay)
-        scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-        rows = rows_of_process(args.batch_size, args.accum, processes.rank, processes.count)
-        run = Run(
-            args=args,
-            device=device,
-            precision=precision,
-            rows=rows,
-            log_mel=log_mel,
-            model=model,
-            ddp_model=ddp_model,
-            target_encoder=target_encoder,
-            optimizer=optimizer,
-            scaler=scaler,
-        )
-        if args.benchmark:
-            benchmark(run, clips, processes)
-            end_processes()
-            return
-
-        # Resume, or measure the data for a new run
-        if checkpoint is not None:
-            progress = resume(run, checkpoint, settings)
-        else:
-            progress = Progress()
-            start_from(run, first_weights)
+    # Device, data, an earlier checkpoint: whatever is wrong with them is said in one line
+    processes = launched_processes()
+    is_first = processes.rank == 0
+    try:
+        device = choose_device(processes)
+        config = config_of(args)
+        log_mel = LogMel(args.sample_rate, args.clip_seconds, config.time_bins, config.mel_bins)
+        log_mel.to(device)
+        out.mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK):
+            raise ValueError(f"--out {out}: no permission to write there")
+        checkpoint = None if args.benchmark else find_checkpoint(out)
+        first_weights = {}
+        if args.init is not None and checkpoint is None:
+            first_weights = load_networks(args.init)
+        clips = open_clips(args)
+        if checkpoint is None and not args.benchmark:
             if is_first:
                 print("measuring mean and std of the log-mel on the first 256 clips", flush=True)
-            try:
-                log_mel.mean, log_mel.std = measure_mean_std(clips, log_mel, device, args.workers)
-            except ValueError as error:
-                fail(error)
-        if is_first:
-            print(describe(run, clips, processes, progress))
-            cut_log(out / "log.csv", progress.step)
+            log_mel.mean, log_mel.std = measure_mean_std(clips, log_mel, device, args.workers)
+    except (OSError, ValueError) as error:
+        fail(error)
 
-        # Loop
-        steps = range(progress.step, args.steps)
-        order = clip_order(len(clips), args.seed, args.batch_size, steps, rows)
-        batches = iter(clip_loader(clips, order, args.workers, pin_memory=device.type == "cuda"))
-        show_bar = is_first and sys.stderr.isatty()
-        saved = time.monotonic()
-        bar = tqdm(steps, initial=progress.step, total=args.steps, disable=not show_bar)
-        for step in bar:
-            began = time.perf_counter()
-            micro_batches = [next(batches) for _ in range(args.accum)]
-            waited = time.perf_counter() - began
-            note_bad_files(out / "bad_files.txt", micro_batches)
-            result = train_step(run, step, [batch.audio for batch in micro_batches])
+    # Processes
+    start_processes(processes, device)
+    amp = from_first_process(choose_amp(args.amp, device.type, checkpoint))
+    precision = PRECISIONS[amp]
+    settings = settings_of(args, clips, amp)
 
-            # What all processes have to know: the mean loss, and whether anyone is asked to stop.
-            reads = sum(batch.reads for batch in micro_batches)
-            bad = sum(len(batch.bad) for batch in micro_batches)
-            ours = [result.loss / processes.count, reads, bad, stop.requested]
-            of_all = sum_over_processes(torch.tensor(ours, device=device))
-            mean_loss, all_reads, all_bad, stops = of_all.tolist()
+    # Model. Every process draws the same weights from the same seed.
+    torch.manual_seed(args.seed)
+    model = JEPA(config, args.loss, args.target_norm, args.anti_collapse).to(device)
+    target_encoder = copy.deepcopy(model.context_encoder).requires_grad_(False)
+    if args.compile:
+        for network in (model.context_encoder, model.predictor, target_encoder):
+            network.compile()  # in place, so that the names of weights stay
+    # The target encoder stays outside DDP, which is there to average gradients, and it has
+    # none. Its copies stay identical all the same: they start alike, and each of them follows
+    # a context encoder that DDP keeps identical.
+    ddp_model = model
+    if processes.count > 1:
+        ddp_model = DistributedDataParallel(
+            model,
+            broadcast_buffers=False,  # they are position tables, which never change
+            gradient_as_bucket_view=True,  # saves a copy of all gradients
+        )
 
-            progress.step = step + 1
-            progress.reads += int(all_reads)
-            progress.bad += int(all_bad)
-            progress.seconds += time.perf_counter() - began
-            progress.waited += waited
-            if math.isfinite(result.grad_norm):
-                progress.losses.append(mean_loss)
-                progress.skipped_in_a_row = 0
-            else:
-                progress.skipped += 1
-                progress.skipped_in_a_row += 1
-            stop_if_hopeless(progress, out)
-
-            is_last = progress.step == args.steps or stops > 0
-            if progress.step % args.log_every == 0 or progress.step in (1, args.steps):
-                row = log_row(run, progress, result, mean_loss, len(clips))
-                if is_first:
-                    write_row(out / "log.csv", row)
-                progress.start_interval()
-            keep = progress.step % args.save_every == 0
-            if is_first and (keep or is_last or time.monotonic() - saved > 600):
-                save(run, progress, settings, out, keep)
-                saved = time.monotonic()
-            if is_last:
-                break
-
-        if is_first:
-            print(
-                f"{progress.step} of {args.steps} steps done, saved in {printable(out / 'last.pt')}"
-            )
+    # Optimizer
+    optimizer = make_optimizer(model, args.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+    rows = rows_of_process(args.batch_size, args.accum, processes.rank, processes.count)
+    run = Run(
+        args=args,
+        device=device,
+        precision=precision,
+        rows=rows,
+        log_mel=log_mel,
+        model=model,
+        ddp_model=ddp_model,
+        target_encoder=target_encoder,
+        optimizer=optimizer,
+        scaler=scaler,
+    )
+    if args.benchmark:
+        benchmark(run, clips, processes)
         end_processes()
+        return
+
+    # Resume, or begin
+    if checkpoint is not None:
+        progress = resume(run, checkpoint, settings)
+    else:
+        progress = Progress()
+        start_from(run, first_weights)
+    if is_first:
+        print(describe(run, clips, processes, progress))
+        cut_log(out / "log.csv", progress.step)
+
+    # Loop
+    steps = range(progress.step, args.steps)
+    order = clip_order(len(clips), args.seed, args.batch_size, steps, rows)
+    batches = iter(clip_loader(clips, order, args.workers, pin_memory=device.type == "cuda"))
+    show_bar = is_first and sys.stderr.isatty()
+    saved = time.monotonic()
+    bar = tqdm(steps, initial=progress.step, total=args.steps, disable=not show_bar)
+    for step in bar:
+        began = time.perf_counter()
+        micro_batches = [next(batches) for _ in range(args.accum)]
+        waited = time.perf_counter() - began
+        note_bad_files(out / "bad_files.txt", micro_batches)
+        result = train_step(run, step, [batch.audio for batch in micro_batches])
+
+        # What all processes have to know: the mean loss, and whether anyone is asked to stop.
+        # The four numbers travel together, in one exchange a step.
+        reads = sum(batch.reads for batch in micro_batches)
+        bad = sum(len(batch.bad) for batch in micro_batches)
+        ours = [result.loss / processes.count, reads, bad, stop.requested]
+        of_all = sum_over_processes(torch.tensor(ours, device=device))
+        mean_loss, all_reads, all_bad, stops = of_all.tolist()
+
+        progress.step = step + 1
+        progress.reads += int(all_reads)
+        progress.bad += int(all_bad)
+        progress.seconds += time.perf_counter() - began
+        progress.waited += waited
+        if math.isfinite(result.grad_norm):
+            progress.losses.append(mean_loss)
+            progress.skipped_in_a_row = 0
+        else:
+            progress.skipped += 1
+            progress.skipped_in_a_row += 1
+        stop_if_hopeless(progress, out)
+
+        is_last = progress.step == args.steps or stops > 0
+        if progress.step % args.log_every == 0 or progress.step in (1, args.steps):
+            row = log_row(run, progress, result, mean_loss, len(clips))
+            if is_first:
+                write_row(out / "log.csv", row)
+            progress.start_interval()
+        keep = progress.step % args.save_every == 0
+        if is_first and (keep or is_last or time.monotonic() - saved > 600):
+            save(run, progress, settings, out, keep)
+            saved = time.monotonic()
+        if is_last:
+            break
+
+    if is_first:
+        print(f"{progress.step} of {args.steps} steps done, saved in {printable(out / 'last.pt')}")
+    end_processes()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -366,8 +371,8 @@ def monitors(targets: torch.Tensor) -> dict[str, float]:
     singular = torch.linalg.svdvals(pooled - pooled.mean(0))
     singular = singular[singular > 1e-6 * pooled.norm()]  # the rest is rounding
     entropy = torch.special.entr(singular / singular.sum()).sum().item()
-    # All pairs of unit vectors: the square of their sum, without each clip paired with itself.
-    pairs = F.normalize(pooled).sum(0).square().sum().item() - clips
+    units = F.normalize(pooled)
+    pairs = (units @ units.T).sum().item() - clips  # the diagonal is 1: each clip and itself
     return {
         "token_std": token_std,
         "target_std": pooled.std(0, correction=0).mean().item(),
@@ -472,10 +477,8 @@ def make_optimizer(model, weight_decay):
 
 
 MAY_CHANGE = (  # when a run is continued
-    "data",  # the recordings may lie elsewhere, but must be the same
     "out",
     "accum",
-    "amp",  # the precision that it stands for may not change
     "compile",
     "workers",
     "save_every",
@@ -487,11 +490,10 @@ MAY_CHANGE = (  # when a run is continued
 
 
 def settings_of(args, clips, amp):
-    """What makes a run the run it is, to be compared when it is continued."""
-    settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
-    settings["data"] = clips.source.fingerprint
-    settings["amp"] = amp
-    return settings
+    """What makes a run the run it is, to be compared when it is continued. The recordings may lie
+    elsewhere and --amp may be spelled out, so what is compared is what they stand for."""
+    settings = vars(args) | {"data": clips.source.fingerprint, "amp": amp}
+    return {name: value for name, value in settings.items() if name not in MAY_CHANGE}
 
 
 def parts_of(run):
@@ -532,14 +534,12 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
     """
     if os.path.isdir(path):
         raise ValueError(f"{path} is a folder: name the last.pt or a step-*.pt in it")
-    if not os.path.exists(path):
-        raise ValueError(f"{path}: no such checkpoint")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         is_ours = checkpoint["format"] == CHECKPOINT_FORMAT
     except Exception as error:  # a damaged file can make torch.load raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: not a whole checkpoint ({reason})") from None
+        raise ValueError(f"{path}: not a checkpoint that can be read ({reason})") from None
     if not is_ours:
         raise ValueError(f"{path}: of the format {checkpoint['format']}, not {CHECKPOINT_FORMAT}")
     return checkpoint
@@ -645,14 +645,8 @@ def resume(run, checkpoint, settings):
     return Progress(**checkpoint["progress"])
 
 
-def read_first_weights(args, checkpoint):
-    """--init of a new run: the networks in a checkpoint, ours or the authors'."""
-    if args.init is None or checkpoint is not None:
-        return {}
-    return load_networks(args.init)
-
-
 def start_from(run, first_weights):
+    """--init: begin with the networks of a checkpoint, of which there may be fewer than three."""
     for name in ("context_encoder", "target_encoder", "predictor"):
         if name in first_weights:
             network = parts_of(run)[name]
@@ -703,7 +697,6 @@ def describe(run, clips, processes, progress):
     device = str(run.device)
     if run.device.type == "cuda":
         device = f"{torch.cuda.get_device_name()} ({device})"
-    trained = sum(p.numel() for p in run.model.parameters()) / 1e6
     epochs = args.steps * args.batch_size / len(clips)
     recipe_flags = [
         f"--{name.replace('_', '-')} {vars(args)[name]}" for name in RECIPES[args.recipe]
@@ -712,7 +705,7 @@ def describe(run, clips, processes, progress):
         f"data       {clips.source.fingerprint} in {printable(args.data or 'no --data')}",
         f"recipe     {' '.join([args.recipe, *recipe_flags])}",
         f"log-mel    mean {run.log_mel.mean:.4f}, std {run.log_mel.std:.4f}",
-        f"model      {args.model}, {trained:.1f} M trained parameters",
+        f"model      {args.model}, {count_millions(run.model):.1f} M parameters in training",
         f"device     {device}, {run.precision}, {processes.count} processes",
         f"steps      {progress.step} of {args.steps} done, {args.batch_size} clips each; "
         f"{epochs:.4g} epochs in all",
@@ -773,8 +766,6 @@ def memory_gib(device):
     """Most memory used so far: of the GPU, or of this process where there is none."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    import resource  # not on Windows
-
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
@@ -960,7 +951,7 @@ RECIPES = {  # flags that belong together; one that is given on the command line
         "model": "tiny",
         "clip_seconds": 2.5,
         "batch_size": 32,
-        "steps": 40000,
+        "steps": 24000,
         "lr": 2e-3,
         "warmup": 1000,
         "ema": 0.99,
@@ -1035,7 +1026,7 @@ def parse_args(argv):
         help="share of the patches that is masked, drawn once a step",
     )
     add("--sample-rate", type=int, default=32000, help="Hz, a multiple of 128")
-    add("--clip-seconds", type=float, default=10.0, help="a multiple of 0.625, which is one patch")
+    add("--clip-seconds", type=float, default=10.0, help="a multiple of a patch, 0.625")
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="mixed precision")
     add("--compile", action="store_true", help="torch.compile the three networks")
     add("--workers", type=int, default=default_workers(), help="that read clips, for each process")
@@ -1048,8 +1039,8 @@ def parse_args(argv):
     )
     add("--log-every", type=positive, default=50, help="steps between the lines of the log")
     add("--benchmark", action="store_true", help="measure speed and memory, and train nothing")
-    recipe = RECIPES[parser.parse_known_args(argv)[0].recipe]
-    parser.set_defaults(**recipe)
+    recipe = parser.parse_args(argv).recipe
+    parser.set_defaults(**RECIPES[recipe])
     args = parser.parse_args(argv)
     check(parser, args)
     return args
@@ -1071,17 +1062,16 @@ def check(parser, args):
         if launched_processes().rank == 0:
             print(f"--warmup {args.warmup} is not below --steps {args.steps}: cut to {shorter}")
         args.warmup = shorter
-    if args.clip_seconds <= 0 or args.clip_seconds % 0.625 != 0:
-        below = args.clip_seconds // 0.625 * 0.625
-        nearest = f"{max(below, 0.625)} or {below + 0.625}"
+    check_multiple(parser, "--clip-seconds", args.clip_seconds, args.patch[0] / FRAMES_PER_SECOND)
+    check_multiple(parser, "--sample-rate", args.sample_rate, 128)
+
+
+def check_multiple(parser, flag, value, unit):
+    if value <= 0 or value % unit != 0:
+        below = max(value // unit, 1) * unit
         parser.error(
-            f"--clip-seconds {args.clip_seconds}: a multiple of 0.625 is needed, as {nearest}"
-        )
-    if args.sample_rate < 128 or args.sample_rate % 128 != 0:
-        below = args.sample_rate // 128 * 128
-        parser.error(
-            f"--sample-rate {args.sample_rate}: a multiple of 128 is needed, as {below} or "
-            f"{below + 128}; recordings of any rate are resampled to it"
+            f"{flag} {value}: a multiple of {unit} is needed, as {below} or {below + unit} "
+            "(recordings of any length and rate will do)"
         )
 
 
