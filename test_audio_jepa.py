@@ -1438,7 +1438,7 @@ def test_a_set_that_is_mostly_bad_stops_the_run(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         pretrain(tmp_path / "out", "--data", folder)
     assert stopped.value.code == 1
-    assert "cannot be used" in capsys.readouterr().err
+    assert "reads of recordings failed" in capsys.readouterr().err
 
 
 def test_what_is_wrong_with_the_data_is_said_in_one_line(tmp_path, capsys):

@@ -688,7 +688,7 @@ def stop_if_hopeless(progress, out):
         fail(f"no finite gradient in 20 steps, at step {progress.step}; last.pt is as it was", 1)
     if progress.bad > max(10, 0.1 * progress.reads):
         bad_files = out / "bad_files.txt"
-        fail(f"{progress.bad} of {progress.reads} recordings cannot be used: see {bad_files}", 1)
+        fail(f"{progress.bad} of {progress.reads} reads of recordings failed: see {bad_files}", 1)
 
 
 def describe(run, clips, processes, progress):
@@ -701,8 +701,11 @@ def describe(run, clips, processes, progress):
     recipe_flags = [
         f"--{name.replace('_', '-')} {vars(args)[name]}" for name in RECIPES[args.recipe]
     ]
+    data = clips.source.fingerprint
+    if args.data is not None:
+        data += f" in {printable(args.data)}"
     lines = [
-        f"data       {clips.source.fingerprint} in {printable(args.data or 'no --data')}",
+        f"data       {data}",
         f"recipe     {' '.join([args.recipe, *recipe_flags])}",
         f"log-mel    mean {run.log_mel.mean:.4f}, std {run.log_mel.std:.4f}",
         f"model      {args.model}, {count_millions(run.model):.1f} M parameters in training",
