@@ -312,12 +312,8 @@ def train_probe(rows, attentive, labels, classes, train, valid, test):
     """Train a Probe on frozen rows, a tensor [R, K] for each clip -> accuracies: valid, test.
 
     As X-ARES: 10 epochs of Adam, batch 32, the rate on a cosine from 1e-3 to a tenth. What counts
-    is the epoch that is best on `valid`, or on a tenth of `train` if there is no `valid`.
+    is the epoch that is best on `valid`, or the last one if there is no `valid`.
     """
-    if len(valid) == 0:
-        is_valid = deal(labels[train], 10) == 0
-        valid = train[is_valid]
-        train = train[~is_valid]
     torch.manual_seed(0)
     device = choose_device(launched_processes())
     probe = Probe(rows[0].shape[1], classes, attentive).to(device)
@@ -332,6 +328,8 @@ def train_probe(rows, attentive, labels, classes, train, valid, test):
 
     @torch.no_grad()
     def accuracy(split):
+        if len(split) == 0:  # there may be no valid split
+            return 0.0
         right = 0
         for batch in split.split(32):
             right += (logits(batch).argmax(1) == labels[batch]).sum().item()
@@ -344,9 +342,9 @@ def train_probe(rows, attentive, labels, classes, train, valid, test):
             F.cross_entropy(logits(batch), labels[batch]).backward()
             optimizer.step()
             optimizer.zero_grad()
-        now = accuracy(valid)
-        if now >= best:  # of equals the last, which has seen most
-            best = now
+        on_valid = accuracy(valid)
+        if on_valid >= best:  # of equals the last, which has seen most
+            best = on_valid
             on_test = accuracy(test)
     return best, on_test
 
