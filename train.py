@@ -950,11 +950,11 @@ def positive(text):
 
 RECIPES = {  # flags that belong together; one that is given on the command line wins
     "paper": {},  # the defaults
-    "small": {  # for some hours of sound and two hours of two CPU cores; the README tells why
+    "small": {  # for some hours of sound and an hour of a CPU core; the README tells why
         "model": "tiny",
         "clip_seconds": 2.5,
         "batch_size": 32,
-        "steps": 24000,
+        "steps": 12000,
         "lr": 2e-3,
         "warmup": 1000,
         "ema": 0.99,

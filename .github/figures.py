@@ -56,7 +56,14 @@ class Networks:
 def show(axes, picture, title, config, seconds, colours="viridis"):
     """A picture [time, mel], time to the right and mel upwards."""
     extent = (0, seconds, 0, config.mel_bins)
-    image = axes.imshow(picture.T, origin="lower", aspect="auto", extent=extent, cmap=colours)
+    image = axes.imshow(
+        picture.T,
+        origin="lower",
+        aspect="auto",
+        extent=extent,
+        cmap=colours,
+        interpolation="nearest",
+    )
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_ylabel("mel band")
     return image
@@ -157,9 +164,9 @@ def draw_curves(healthy, collapsed, out):
     panels[4].set_title("kNN accuracy", fontsize=10)
     for panel in panels:
         panel.set_xlabel("step")
-    panels[0].plot([], [], color="tab:green", label="healthy")
-    panels[0].plot([], [], color="tab:red", label="collapsed")
-    panels[0].legend(fontsize=8)
+    panels[3].plot([], [], color="tab:green", label="healthy")
+    panels[3].plot([], [], color="tab:red", label="collapsed")
+    panels[3].legend(fontsize=8, loc="center right")
     figure.savefig(out)
 
 
