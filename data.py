@@ -368,7 +368,7 @@ class Clips(Dataset):
         bad = []
         reads = 0
         missing = self.length
-        while missing >= self.patch and reads < 1000:  # recordings of a few samples never fill it
+        while missing >= self.patch and reads < 1000:  # else clicks alone would take for ever
             reads += 1
             try:
                 window = self.source.window(i, missing, rng)

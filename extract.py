@@ -295,9 +295,10 @@ class Probe(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.attention = None
         if attentive:
-            self.attention = nn.MultiheadAttention(512, 8, kdim=width, vdim=width, batch_first=True)
-            self.query = nn.Parameter(0.02 * torch.randn(1, 512))
-            width = 512
+            dim = 512  # whatever reads: at K = 6144, as of `base`, attention of K has 150 M weights
+            self.attention = nn.MultiheadAttention(dim, 8, kdim=width, vdim=width, batch_first=True)
+            self.query = nn.Parameter(0.02 * torch.randn(1, dim))
+            width = dim
         self.head = nn.Linear(width, classes)
 
     def forward(self, rows, padding):
