@@ -295,7 +295,7 @@ class Probe(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.attention = None
         if attentive:
-            dim = 512  # whatever reads: at K = 6144, as of `base`, attention of K has 150 M weights
+            dim = 512  # whatever K is: for the 6144 of `base`, as wide a one has 150 M weights
             self.attention = nn.MultiheadAttention(dim, 8, kdim=width, vdim=width, batch_first=True)
             self.query = nn.Parameter(0.02 * torch.randn(1, dim))
             width = dim
