@@ -6,7 +6,8 @@
 
 A recording is cut into windows as long as a training clip (10 s), the last one filled with silence.
 A window gives 16 rows, one for each 625 ms; a row is made of 8 tokens, one for each band of
-frequencies. Only rows that the recording reaches into are used.
+frequencies. Only rows that the recording reaches into are used, and in means over a recording its
+last row counts by the share of it that holds sound.
 
 Letters in the shape comments: B windows, N tokens of a window, D encoder width, R rows of a window
 (of an encoder, or the frames of a log-mel) or of a recording, K numbers in a row.
@@ -162,19 +163,19 @@ class Embedding:
     """What the windows of a recording add up to."""
 
     samples: int = 0  # that hold sound
-    num_rows: int = 0  # that hold sound
-    total: torch.Tensor | float = 0.0  # [K], their sum
-    squares: torch.Tensor | float = 0.0  # [K], the sum of their squares
+    weight: float = 0.0  # of all rows: 1 for each, or the share of it that holds sound
+    total: torch.Tensor | float = 0.0  # [K], their weighted sum
+    squares: torch.Tensor | float = 0.0  # [K], the weighted sum of their squares
     rows: list[torch.Tensor] = field(default_factory=list)  # [R, K] of each window, if wanted
 
     @property
     def mean(self) -> torch.Tensor:
-        return self.total / self.num_rows
+        return self.total / self.weight
 
     @property
     def stats(self) -> torch.Tensor:
         """[2 K], the mean of the rows and their std"""
-        variance = self.squares / self.num_rows - self.mean**2
+        variance = self.squares / self.weight - self.mean**2
         return torch.cat([self.mean, variance.clamp(min=0).sqrt()])
 
 
@@ -204,13 +205,15 @@ def embed(encoder, rows_of, keep_rows, files, args) -> dict[int, Embedding]:
                     raise ValueError(f"{line} (--skip-bad leaves such out)")
                 tqdm.write(f"left out: {line}", file=sys.stderr)
                 bad.append(i)
-            num_rows = math.ceil(samples[b].item() * rows.shape[1] / encoder.window)
-            with_sound = rows[b, :num_rows]
+            filled = samples[b].item() * rows.shape[1] / encoder.window  # so many rows, as 1.6
+            with_sound = rows[b, : math.ceil(filled)]
+            # Each of them counts 1, the last one as much as it is filled, as 0.6.
+            weight = (filled - torch.arange(len(with_sound))).clamp(max=1).unsqueeze(1)  # [R, 1]
             embedding = found[i]
             embedding.samples += samples[b].item()
-            embedding.num_rows += num_rows
-            embedding.total = embedding.total + with_sound.sum(0)
-            embedding.squares = embedding.squares + with_sound.square().sum(0)
+            embedding.weight += filled
+            embedding.total = embedding.total + (weight * with_sound).sum(0)
+            embedding.squares = embedding.squares + (weight * with_sound.square()).sum(0)
             if keep_rows:
                 embedding.rows.append(with_sound.clone())
     for i in bad:

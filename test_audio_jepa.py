@@ -1611,21 +1611,27 @@ def test_pooled_by_time_there_is_a_row_for_each_625_ms_that_a_recording_reaches_
     assert by_time["offsets"][-1] == len(by_time["embeddings"])
 
 
-def test_the_row_of_a_clip_is_the_mean_of_its_rows_in_time(by_time, by_clip):
+def rows_and_weights(by_time, n):
+    """The rows of recording n in time, and how much each counts: the last by its share of sound."""
+    rows = by_time["embeddings"][by_time["offsets"][n] : by_time["offsets"][n + 1]]
+    weights = np.ones((len(rows), 1))
+    weights[-1] = SECONDS[n] / 0.625 - (len(rows) - 1)
+    return rows, weights
+
+
+def test_the_row_of_a_clip_is_the_mean_of_its_rows_by_the_sound_in_them(by_time, by_clip):
     for n in range(6):
-        first = by_time["offsets"][n]
-        last = by_time["offsets"][n + 1]
-        assert same_rows(by_time["embeddings"][first:last].mean(0), by_clip["embeddings"][n])
+        rows, weights = rows_and_weights(by_time, n)
+        assert same_rows((weights * rows).sum(0) / weights.sum(), by_clip["embeddings"][n])
 
 
-def test_pooled_to_stats_a_row_is_mean_and_std_of_the_rows_in_time(
-    checkpoint, recordings, tmp_path, by_time
-):
+def test_pooled_to_stats_a_row_is_their_mean_and_std(checkpoint, recordings, tmp_path, by_time):
     made = embeddings(checkpoint, recordings, tmp_path / "e.npz", "--pool", "stats")
     for n in range(6):
-        rows = by_time["embeddings"][by_time["offsets"][n] : by_time["offsets"][n + 1]]
-        wanted = np.concatenate([rows.mean(0), rows.std(0)])
-        assert np.abs(made["embeddings"][n] - wanted).max() < 1e-3
+        rows, weights = rows_and_weights(by_time, n)
+        mean = (weights * rows).sum(0) / weights.sum()
+        std = np.sqrt((weights * (rows - mean) ** 2).sum(0) / weights.sum())
+        assert np.abs(made["embeddings"][n] - np.concatenate([mean, std])).max() < 1e-3
 
 
 def test_bands_mean_is_the_mean_of_the_bands_of_concat(checkpoint, recordings, tmp_path, by_clip):
@@ -1635,7 +1641,7 @@ def test_bands_mean_is_the_mean_of_the_bands_of_concat(checkpoint, recordings, t
 
 @pytest.mark.parametrize("which", ["target", "context"])
 def test_a_row_is_what_the_encoder_asked_for_makes_of_padded_windows(checkpoint, tmp_path, which):
-    """By hand: 11 s are two windows of 10 s, and reach into 18 of their 32 columns."""
+    """By hand: 11 s are two windows of 10 s, and fill 17.6 of their 32 rows."""
     waveform = noise(11)
     soundfile.write(tmp_path / "a.wav", waveform, 32000, subtype="FLOAT")
     stored = torch.load(checkpoint, weights_only=True)
@@ -1645,7 +1651,8 @@ def test_a_row_is_what_the_encoder_asked_for_makes_of_padded_windows(checkpoint,
     windows = F.pad(torch.from_numpy(waveform), (0, 9 * 32000)).view(2, 320000)
     with torch.no_grad():
         tokens = network(log_mel(windows))  # [2, 128, D]
-    wanted = tokens.reshape(32, 8 * 64)[:18].mean(0).numpy()
+    rows = tokens.reshape(32, 8 * 64)
+    wanted = ((rows[:17].sum(0) + 0.6 * rows[17]) / 17.6).numpy()
     made = embeddings(checkpoint, tmp_path, tmp_path / "e.npz", "--encoder", which)
     assert same_rows(made["embeddings"][0], wanted)
 
