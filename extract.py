@@ -205,9 +205,10 @@ def embed(encoder, rows_of, keep_rows, files, args) -> dict[int, Embedding]:
                     raise ValueError(f"{line} (--skip-bad leaves such out)")
                 tqdm.write(f"left out: {line}", file=sys.stderr)
                 bad.append(i)
-            filled = samples[b].item() * rows.shape[1] / encoder.window  # so many rows, as 1.6
+            filled = samples[b].item() * rows.shape[1] / encoder.window  # rows of sound, as 1.6
             with_sound = rows[b, : math.ceil(filled)]
-            # Each of them counts 1, the last one as much as it is filled, as 0.6.
+            # In a mean each counts 1, and the last one its share of sound (0.6): in a short
+            # recording it would else be half of the mean, and nearly all silence.
             weight = (filled - torch.arange(len(with_sound))).clamp(max=1).unsqueeze(1)  # [R, 1]
             embedding = found[i]
             embedding.samples += samples[b].item()

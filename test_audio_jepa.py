@@ -1625,7 +1625,9 @@ def test_the_row_of_a_clip_is_the_mean_of_its_rows_by_the_sound_in_them(by_time,
         assert same_rows((weights * rows).sum(0) / weights.sum(), by_clip["embeddings"][n])
 
 
-def test_pooled_to_stats_a_row_is_their_mean_and_std(checkpoint, recordings, tmp_path, by_time):
+def test_pooled_to_stats_a_row_is_that_mean_and_the_std_around_it(
+    checkpoint, recordings, tmp_path, by_time
+):
     made = embeddings(checkpoint, recordings, tmp_path / "e.npz", "--pool", "stats")
     for n in range(6):
         rows, weights = rows_and_weights(by_time, n)
