@@ -41,6 +41,7 @@ class JEPAConfig:
     predictor_depth: int = 6
     predictor_heads: int = 12
     mlp_ratio: float = 4.0
+    positions: str = "sincos"  # added to the tokens; or "rotary", turned into queries and keys
     patch_scale: float = 1.0  # multiplies the first patch embedding, see VisionTransformer
 
     def __post_init__(self):
@@ -88,7 +89,7 @@ def gather_tokens(tokens: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
     return tokens.gather(1, idx.unsqueeze(-1).expand(-1, -1, width))
 
 
-def sincos_positions(dim: int, grid: tuple[int, int]) -> torch.Tensor:
+def sincos_positions(dim: int, grid: tuple[int, int], base: float = 10000.0) -> torch.Tensor:
     """Fixed 2-D sin-cos table -> [N, dim], token = t * mel_patches + f.
 
     The first half of the width encodes the mel index f, the second half the time index t (the
@@ -98,7 +99,7 @@ def sincos_positions(dim: int, grid: tuple[int, int]) -> torch.Tensor:
     if dim % 4 != 0:
         raise ValueError(f"width {dim} is not a multiple of 4")
     time_patches, mel_patches = grid
-    frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    frequencies = base ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     t = torch.arange(time_patches).repeat_interleave(mel_patches)  # [N]: 0 0 0 ... 1 1 1 ...
     f = torch.arange(mel_patches).repeat(time_patches)  # [N]: 0 1 2 ... 0 1 2 ...
     time_angle = t.unsqueeze(1) * frequencies  # [N, dim / 4]
@@ -107,8 +108,32 @@ def sincos_positions(dim: int, grid: tuple[int, int]) -> torch.Tensor:
     return torch.cat(parts, dim=1).float()
 
 
+def position_table(config: "JEPAConfig", dim: int, heads: int) -> torch.Tensor:
+    """What a network `dim` wide knows of places: [N, dim], or for rotary [N, dim / heads]."""
+    if config.positions == "rotary":
+        # The base is smaller, as an angle of less than 0.01 per patch would tell nothing here.
+        return sincos_positions(dim // heads, config.grid, base=100.0)
+    return sincos_positions(dim, config.grid)
+
+
+def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """Rotary positions (RoFormer, arXiv 2104.09864), here of two axes (sec. VII, point 2).
+
+    x [B, H, L, K], queries or keys; rotation [B, L, K], of position_table -> [B, H, L, K].
+    The features i and i + K / 2 are a point in a plane, which is turned by an angle that grows with
+    the mel index (first half of the planes) or the time index (second half). Then the product of a
+    query and a key depends on how far apart they are in time and in mel, and not on where they are.
+    """
+    rotation = rotation.to(x.dtype).unsqueeze(-3)  # [B, 1, L, K]: the same for all heads
+    mel_sin, mel_cos, time_sin, time_cos = rotation.chunk(4, dim=-1)
+    sin = torch.cat([mel_sin, time_sin], dim=-1)  # [B, 1, L, K / 2]
+    cos = torch.cat([mel_cos, time_cos], dim=-1)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention: [B, L, D] -> [B, L, D]."""
+    """Multi-head self-attention: [B, L, D] -> [B, L, D]; `rotation` as in `rotate`."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -116,10 +141,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x):
+    def forward(self, x, rotation=None):
         B, L, D = x.shape
         qkv = self.qkv(x).view(B, L, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, L, D / H]
+        if rotation is not None:
+            q = rotate(q, rotation)
+            k = rotate(k, rotation)
         if x.device.type == "cpu":
             # The same as below in plain steps: on a CPU the fused one is slower than these.
             scale = (D // self.heads) ** -0.5
@@ -144,7 +172,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm Transformer block: [B, L, D] -> [B, L, D]."""
+    """Pre-norm Transformer block: [B, L, D] -> [B, L, D]; `rotation` as in `rotate`."""
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float):
         super().__init__()
@@ -153,8 +181,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = MLP(dim, int(dim * mlp_ratio))
 
-    def forward(self, x):
-        x = x + self.attn(self.norm1(x))
+    def forward(self, x, rotation=None):
+        x = x + self.attn(self.norm1(x), rotation)
         x = x + self.mlp(self.norm2(x))
         return x
 
@@ -188,7 +216,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.patch_embed = nn.Linear(math.prod(config.patch), config.dim)
-        self.register_buffer("pos_embed", sincos_positions(config.dim, config.grid))  # [N, D]
+        self.register_buffer("pos_embed", position_table(config, config.dim, config.heads))
         blocks = [Block(config.dim, config.heads, config.mlp_ratio) for _ in range(config.depth)]
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(config.dim)
@@ -219,9 +247,14 @@ class VisionTransformer(nn.Module):
             # place in their position code, so that their order in the sequence means nothing.
             patches = gather_tokens(patches, context_idx)  # [B, C, 256]
             positions = positions[context_idx]  # [B, C, D]
-        x = self.patch_embed(patches) + positions  # [B, L, D], L = N or C
+        x = self.patch_embed(patches)  # [B, L, D], L = N or C
+        rotation = None
+        if self.config.positions == "rotary":
+            rotation = positions
+        else:
+            x = x + positions
         for block in self.blocks:
-            x = block(x)
+            x = block(x, rotation)
         return self.norm(x)
 
 
@@ -232,30 +265,35 @@ class Predictor(nn.Module):
 
     What the predictor knows: of the visible patches, what the context encoder made of them, and
     where they are; of a masked patch, only where it is. Every masked patch enters as the same
-    learned mask token plus the position code of its place.
+    learned mask token, with the position code of its place.
     """
 
     def __init__(self, config: JEPAConfig):
         super().__init__()
+        self.config = config
         width = config.predictor_dim
+        heads = config.predictor_heads
         self.embed = nn.Linear(config.dim, width)
         self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(width), std=0.02))
-        self.register_buffer("pos_embed", sincos_positions(width, config.grid))  # [N, P]
-        blocks = [
-            Block(width, config.predictor_heads, config.mlp_ratio)
-            for _ in range(config.predictor_depth)
-        ]
+        self.register_buffer("pos_embed", position_table(config, width, heads))
+        blocks = [Block(width, heads, config.mlp_ratio) for _ in range(config.predictor_depth)]
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(width)
         self.proj = nn.Linear(width, config.dim)
         init_weights(self)
 
     def forward(self, context, context_idx, target_idx):
-        visible = self.embed(context) + self.pos_embed[context_idx]  # [B, C, P]
-        masked = self.mask_token + self.pos_embed[target_idx]  # [B, M, P]
+        visible = self.embed(context)  # [B, C, P]
+        masked = self.mask_token.expand(*target_idx.shape, -1)  # [B, M, P]
         x = torch.cat([visible, masked], dim=1)  # [B, C + M, P]
+        positions = self.pos_embed[torch.cat([context_idx, target_idx], dim=1)]
+        rotation = None
+        if self.config.positions == "rotary":
+            rotation = positions
+        else:
+            x = x + positions
         for block in self.blocks:
-            x = block(x)
+            x = block(x, rotation)
         num_visible = context.shape[1]
         x = x[:, num_visible:]  # [B, M, P]
         return self.proj(self.norm(x))  # [B, M, D]

@@ -272,13 +272,31 @@ def test_attention_is_the_fused_one():
     assert torch.allclose(attention(x), attention.proj(fused), atol=1e-5)
 
 
-def test_a_prediction_changes_with_the_position_it_is_asked_for():
-    predictor = Predictor(SMALL)
+@pytest.mark.parametrize("positions", ["sincos", "rotary"])
+@pytest.mark.parametrize("other", [8, 10])  # another place in mel, and in time
+def test_a_prediction_changes_with_the_position_it_is_asked_for(positions, other):
+    predictor = Predictor(dataclasses.replace(SMALL, positions=positions))
+    for block in predictor.blocks:
+        block.attn.qkv.weight.data *= 20  # attention far from uniform
     context = torch.randn(1, 6, 32)
     context_idx = torch.arange(6).unsqueeze(0)
     at_7 = predictor(context, context_idx, torch.tensor([[7]]))
-    at_11 = predictor(context, context_idx, torch.tensor([[11]]))
-    assert (at_7 - at_11).abs().max() > 1e-4
+    elsewhere = predictor(context, context_idx, torch.tensor([[other]]))
+    assert (at_7 - elsewhere).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("time, mel", [(1, 0), (0, 1)])
+@pytest.mark.parametrize("positions", ["sincos", "rotary"])
+def test_rotary_positions_alone_know_distances_and_not_places(positions, time, mel):
+    encoder = VisionTransformer(dataclasses.replace(SMALL, positions=positions))
+    for block in encoder.blocks:
+        block.attn.qkv.weight.data *= 20  # attention far from uniform
+    spectrogram = a_spectrogram()
+    context_idx = torch.tensor([[0, 1, 4, 6], [0, 3, 7, 4]])  # of 4 x 3 patches, none at the end
+    moved = spectrogram.roll((16 * time, 16 * mel), dims=(2, 3))
+    moved_idx = context_idx + 3 * time + mel
+    same = torch.allclose(encoder(spectrogram, context_idx), encoder(moved, moved_idx), atol=1e-4)
+    assert same == (positions == "rotary")
 
 
 def test_weights_start_with_the_std_that_is_claimed():
@@ -1305,8 +1323,9 @@ def test_init_begins_with_weights_of_its_size(tmp_path, capsys, reference):
     checkpoint, _ = pretrain(tmp_path / "out", *flags, "--init", tmp_path / "other.pt")
     assert checkpoint["step"] == 2
     assert same_weights(checkpoint, reference[0], tolerance=1e-4)
-    flags = [*TINY, "--out", tmp_path / "b", "--init", tmp_path / "other.pt", "--model", "small"]
-    assert "--model small" in error_line(capsys, *flags)
+    flags = [*TINY, "--out", tmp_path / "b", "--init", tmp_path / "other.pt"]
+    assert "--model small" in error_line(capsys, *flags, "--model", "small")
+    assert "--positions rotary" in error_line(capsys, *flags, "--positions", "rotary")
 
 
 def test_whole_file_keeps_what_was_there_when_writing_fails(tmp_path):
@@ -1333,6 +1352,7 @@ def test_whole_file_keeps_what_was_there_when_writing_fails(tmp_path):
         ["--sample-rate", "16000"],
         ["--target-norm", "clip", "--ema", "0.99", "--ema-end", "0.999"],
         ["--anti-collapse", "0.001", "--patch-scale", "3"],
+        ["--positions", "rotary"],
         ["--patch", "4", "40", "--mel-bins", "80", "--predictor-dim", "48"],
     ],
     ids=" ".join,

@@ -461,6 +461,7 @@ def config_of(args) -> JEPAConfig:
         patch_size=tuple(args.patch),
         predictor_dim=args.predictor_dim or preset.predictor_dim,
         predictor_depth=args.predictor_depth or preset.predictor_depth,
+        positions=args.positions,
         patch_scale=args.patch_scale,
     )
 
@@ -647,6 +648,10 @@ def resume(run, checkpoint, settings):
 
 def start_from(run, first_weights):
     """--init: begin with the networks of a checkpoint, of which there may be fewer than three."""
+    if first_weights:
+        positions = first_weights["config"]["model"].get("positions", "sincos")  # once the only one
+        if positions != run.args.positions:
+            fail(f"--init {run.args.init} has {positions}, not --positions {run.args.positions}")
     for name in ("context_encoder", "target_encoder", "predictor"):
         if name in first_weights:
             network = parts_of(run)[name]
@@ -964,6 +969,7 @@ RECIPES = {  # flags that belong together; one that is given on the command line
         "ema_end": 0.9995,
         "target_norm": "clip",
         "anti_collapse": 0.001,
+        "positions": "rotary",
         "patch_scale": 3.3,
     },
 }
@@ -991,6 +997,12 @@ def parse_args(argv):
         help="frames and mel bands of a patch",
     )
     add("--mel-bins", type=positive, default=MEL_BINS, help="mel bands of a spectrogram")
+    add(
+        "--positions",
+        choices=["sincos", "rotary"],
+        default="sincos",
+        help="of patches: a code that is added to them, or a rotation of queries and keys",
+    )
     add("--patch-scale", type=float, default=1.0, help="multiplies the first patch embedding")
     add("--predictor-dim", type=positive, help="width of the predictor; none: the preset's")
     add("--predictor-depth", type=positive, help="blocks of the predictor; none: the preset's")
