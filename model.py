@@ -55,6 +55,8 @@ class JEPAConfig:
             size = getattr(self, name)
             if size % divisor != 0:
                 raise ValueError(f"{name} = {size} is not a multiple of the {divisor} {what}")
+        if self.positions not in ("sincos", "rotary"):
+            raise ValueError(f"positions {self.positions}: sincos or rotary is needed")
 
     @property
     def patch(self) -> tuple[int, int]:
@@ -89,12 +91,11 @@ def gather_tokens(tokens: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
     return tokens.gather(1, idx.unsqueeze(-1).expand(-1, -1, width))
 
 
-def sincos_positions(dim: int, grid: tuple[int, int], base: float = 10000.0) -> torch.Tensor:
-    """Fixed 2-D sin-cos table -> [N, dim], token = t * mel_patches + f.
+def patch_angles(dim: int, grid: tuple[int, int], base: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mel and time index of each patch times dim / 4 frequencies, from 1 down to nearly 1 / base.
 
-    The first half of the width encodes the mel index f, the second half the time index t (the
-    authors' order, so that their weights fit). ValueError if `dim` is not a multiple of 4: a sine
-    and a cosine for each of two axes.
+    -> two tensors [N, dim / 4], fp64; row = t * mel_patches + f. ValueError if `dim` is not a
+    multiple of 4: a sine and a cosine for each of two axes.
     """
     if dim % 4 != 0:
         raise ValueError(f"width {dim} is not a multiple of 4")
@@ -102,33 +103,48 @@ def sincos_positions(dim: int, grid: tuple[int, int], base: float = 10000.0) -> 
     frequencies = base ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     t = torch.arange(time_patches).repeat_interleave(mel_patches)  # [N]: 0 0 0 ... 1 1 1 ...
     f = torch.arange(mel_patches).repeat(time_patches)  # [N]: 0 1 2 ... 0 1 2 ...
-    time_angle = t.unsqueeze(1) * frequencies  # [N, dim / 4]
-    mel_angle = f.unsqueeze(1) * frequencies
+    return f.unsqueeze(1) * frequencies, t.unsqueeze(1) * frequencies
+
+
+def sincos_positions(dim: int, grid: tuple[int, int]) -> torch.Tensor:
+    """Fixed 2-D sin-cos table -> [N, dim], to be added to tokens (sec. IV.B).
+
+    The first half of the width encodes the mel index, the second half the time index (the authors'
+    order, so that their weights fit).
+    """
+    mel_angle, time_angle = patch_angles(dim, grid, base=10000.0)
     parts = [mel_angle.sin(), mel_angle.cos(), time_angle.sin(), time_angle.cos()]
     return torch.cat(parts, dim=1).float()
 
 
-def position_table(config: "JEPAConfig", dim: int, heads: int) -> torch.Tensor:
-    """What a network `dim` wide knows of places: [N, dim], or for rotary [N, dim / heads]."""
+def rotary_positions(dim: int, grid: tuple[int, int]) -> torch.Tensor:
+    """Fixed 2-D rotary table -> [N, dim], for `rotate`: dim / 2 sines, then their cosines.
+
+    The base is smaller than above: turned by less than 1 / 100 a patch, a feature tells no place.
+    """
+    mel_angle, time_angle = patch_angles(dim, grid, base=100.0)
+    angle = torch.cat([mel_angle, time_angle], dim=1)  # [N, dim / 2]
+    return torch.cat([angle.sin(), angle.cos()], dim=1).float()
+
+
+def position_table(config: JEPAConfig, dim: int, heads: int) -> torch.Tensor:
+    """The table of a network that is `dim` wide; a rotary one is as wide as a head."""
     if config.positions == "rotary":
-        # The base is smaller, as an angle of less than 0.01 per patch would tell nothing here.
-        return sincos_positions(dim // heads, config.grid, base=100.0)
+        return rotary_positions(dim // heads, config.grid)
     return sincos_positions(dim, config.grid)
 
 
 def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     """Rotary positions (RoFormer, arXiv 2104.09864), here of two axes (sec. VII, point 2).
 
-    x [B, H, L, K], queries or keys; rotation [B, L, K], of position_table -> [B, H, L, K].
-    The features i and i + K / 2 are a point in a plane, which is turned by an angle that grows with
-    the mel index (first half of the planes) or the time index (second half). Then the product of a
-    query and a key depends on how far apart they are in time and in mel, and not on where they are.
+    x [B, H, L, K], queries or keys; rotation [B, L, K], their rows of the table -> [B, H, L, K].
+    Features i and i + K / 2 of x are a point in a plane. It is turned by an angle that grows with
+    the mel index (the first K / 4 points) or with the time index (the others). The product of a
+    turned query and a turned key depends on how far apart the two are, and not on where they are.
     """
     rotation = rotation.to(x.dtype).unsqueeze(-3)  # [B, 1, L, K]: the same for all heads
-    mel_sin, mel_cos, time_sin, time_cos = rotation.chunk(4, dim=-1)
-    sin = torch.cat([mel_sin, time_sin], dim=-1)  # [B, 1, L, K / 2]
-    cos = torch.cat([mel_cos, time_cos], dim=-1)
-    a, b = x.chunk(2, dim=-1)
+    sin, cos = rotation.chunk(2, dim=-1)  # [B, 1, L, K / 2]
+    a, b = x.chunk(2, dim=-1)  # [B, H, L, K / 2]
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
