@@ -41,15 +41,16 @@ class JEPAConfig:
     predictor_depth: int = 6
     predictor_heads: int = 12
     mlp_ratio: float = 4.0
-    positions: str = "sincos"  # added to the tokens; or "rotary", turned into queries and keys
+    positions: str = "sincos"  # a code, added to tokens; "rotary": queries and keys are rotated
     patch_scale: float = 1.0  # multiplies the first patch embedding, see VisionTransformer
 
     def __post_init__(self):
         must_divide = [
             ("time_bins", self.patch[0], "frames of a patch"),
             ("mel_bins", self.patch[1], "bands of a patch"),
-            ("dim", self.heads, "heads"),
-            ("predictor_dim", self.predictor_heads, "heads of the predictor"),
+            # Each head has sines and cosines (2) of two axes (x 2), if its positions are rotary.
+            ("dim", 4 * self.heads, "= 4 x heads"),
+            ("predictor_dim", 4 * self.predictor_heads, "= 4 x heads of the predictor"),
         ]
         for name, divisor, what in must_divide:
             size = getattr(self, name)
@@ -92,13 +93,10 @@ def gather_tokens(tokens: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
 
 
 def patch_angles(dim: int, grid: tuple[int, int], base: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mel and time index of each patch times dim / 4 frequencies, from 1 down to nearly 1 / base.
+    """Each patch's place in mel and in time, times dim / 4 frequencies from 1 down to 1 / base.
 
-    -> two tensors [N, dim / 4], fp64; row = t * mel_patches + f. ValueError if `dim` is not a
-    multiple of 4: a sine and a cosine for each of two axes.
+    -> (mel angles, time angles), each [N, dim / 4], in radians; row = t * mel_patches + f.
     """
-    if dim % 4 != 0:
-        raise ValueError(f"width {dim} is not a multiple of 4")
     time_patches, mel_patches = grid
     frequencies = base ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     t = torch.arange(time_patches).repeat_interleave(mel_patches)  # [N]: 0 0 0 ... 1 1 1 ...
@@ -120,7 +118,8 @@ def sincos_positions(dim: int, grid: tuple[int, int]) -> torch.Tensor:
 def rotary_positions(dim: int, grid: tuple[int, int]) -> torch.Tensor:
     """Fixed 2-D rotary table -> [N, dim], for `rotate`: dim / 2 sines, then their cosines.
 
-    The base is smaller than above: turned by less than 1 / 100 a patch, a feature tells no place.
+    The base is 100 here: along an axis there are tens of patches, and angles that grow by less than
+    1 / 100 from patch to patch would hardly differ.
     """
     mel_angle, time_angle = patch_angles(dim, grid, base=100.0)
     angle = torch.cat([mel_angle, time_angle], dim=1)  # [N, dim / 2]
@@ -137,10 +136,13 @@ def position_table(config: JEPAConfig, dim: int, heads: int) -> torch.Tensor:
 def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     """Rotary positions (RoFormer, arXiv 2104.09864), here of two axes (sec. VII, point 2).
 
-    x [B, H, L, K], queries or keys; rotation [B, L, K], their rows of the table -> [B, H, L, K].
+    x [B, H, L, K], queries or keys; rotation [B, L, K] or [L, K], their rows of the table
+    -> [B, H, L, K].
+
     Features i and i + K / 2 of x are a point in a plane. It is turned by an angle that grows with
     the mel index (the first K / 4 points) or with the time index (the others). The product of a
-    turned query and a turned key depends on how far apart the two are, and not on where they are.
+    turned query and a turned key depends on how far apart the two are in time and in mel, and not
+    on where they are: nothing tells the network which mel band a patch is, but its sound.
     """
     rotation = rotation.to(x.dtype).unsqueeze(-3)  # [B, 1, L, K]: the same for all heads
     sin, cos = rotation.chunk(2, dim=-1)  # [B, 1, L, K / 2]
@@ -149,7 +151,10 @@ def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: [B, L, D] -> [B, L, D]; `rotation` as in `rotate`."""
+    """Multi-head self-attention: [B, L, D] -> [B, L, D].
+
+    rotation [B, L, D / H], for rotary positions alone: see `rotate`.
+    """
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -188,7 +193,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm Transformer block: [B, L, D] -> [B, L, D]; `rotation` as in `rotate`."""
+    """Pre-norm Transformer block: [B, L, D] -> [B, L, D]; rotation as in Attention."""
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float):
         super().__init__()
@@ -237,9 +242,9 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(config.dim)
         init_weights(self)
-        # 256 numbers of variance 1 times weights of std 0.02 give a patch an rms of 0.3, and its
-        # position code has 0.7: at first an encoder hears more of the place than of the sound. A
-        # scale of 3.3 turns that round.
+        # 256 numbers of variance 1 times weights of std 0.02 give a patch an rms of 0.3, and the
+        # sin-cos code that is added to it has 0.7: at first an encoder hears more of the place than
+        # of the sound. A scale of 3.3 turns that round.
         self.patch_embed.weight.data *= config.patch_scale
 
     def patchify(self, spectrogram):
@@ -259,11 +264,12 @@ class VisionTransformer(nn.Module):
         patches = self.patchify(spectrogram)  # [B, N, 256]
         positions = self.pos_embed  # [N, D]
         if context_idx is not None:
-            # Masked patches are dropped before any work is spent on them. The kept ones carry their
-            # place in their position code, so that their order in the sequence means nothing.
+            # Masked patches are dropped before any work is spent on them. The kept ones take their
+            # positions along, so that their order in the sequence means nothing.
             patches = gather_tokens(patches, context_idx)  # [B, C, 256]
             positions = positions[context_idx]  # [B, C, D]
         x = self.patch_embed(patches)  # [B, L, D], L = N or C
+        x = x.to(positions.dtype)  # under autocast too, what flows past the blocks stays fp32
         rotation = None
         if self.config.positions == "rotary":
             rotation = positions
@@ -281,7 +287,8 @@ class Predictor(nn.Module):
 
     What the predictor knows: of the visible patches, what the context encoder made of them, and
     where they are; of a masked patch, only where it is. Every masked patch enters as the same
-    learned mask token, with the position code of its place.
+    learned mask token. Its position alone tells it from the others: a code that is added to it, or
+    the rotation of its queries and keys.
     """
 
     def __init__(self, config: JEPAConfig):
@@ -319,6 +326,7 @@ class Predictor(nn.Module):
 # squared distance: it sums over the width D, so that it starts near D. The other two do not sum:
 # smooth L1 is averaged over the width as in I-JEPA's code, and a cosine has no width. Their values
 # are D times smaller, which changes next to nothing: AdamW divides a gradient by its own size.
+# (Only the weight of the term against collapse, below, counts D times as much beside them.)
 
 
 def l2_loss(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -366,7 +374,7 @@ def normalise_targets(targets: torch.Tensor, within: str = "token") -> torch.Ten
     targets follow it, through the moving average. As it shrinks, so do the targets and their
     distance to any prediction: the loss would fall without anything being learned.
     """
-    axis = 1 if within == "clip" else 2
+    axis = {"token": 2, "clip": 1}[within]
     variance, mean = torch.var_mean(targets.float(), axis, correction=0, keepdim=True)
     return (targets - mean) / torch.sqrt(variance + 1e-5)
 
@@ -389,7 +397,7 @@ class JEPA(nn.Module):
         self.config = config
         self.context_encoder = VisionTransformer(config)
         self.predictor = Predictor(config)
-        self.loss = LOSSES[loss]
+        self.loss_function = LOSSES[loss]
         self.target_norm = target_norm
         self.anti_collapse = anti_collapse
 
@@ -402,7 +410,7 @@ class JEPA(nn.Module):
         # under no_grad, for the same end; `detach` holds whoever calls this.
         normalised = normalise_targets(targets.detach(), self.target_norm)  # [B, N, D]
         wanted = gather_tokens(normalised, target_idx)  # [B, M, D], f_tgt(x)_j for j in M
-        loss = self.loss(predictions.float(), wanted)
+        loss = self.loss_function(predictions.float(), wanted)
         if self.anti_collapse > 0:
             # This adds the gradient of the term to the gradient, and 0 to the value: the loss in
             # the log stays that of eq. (2).

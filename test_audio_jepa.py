@@ -299,6 +299,14 @@ def test_rotary_positions_alone_know_distances_and_not_places(positions, time, m
     assert same == (positions == "rotary")
 
 
+@pytest.mark.parametrize("positions", ["sincos", "rotary"])
+def test_under_autocast_what_passes_the_blocks_is_not_rounded(positions):
+    encoder = VisionTransformer(dataclasses.replace(SMALL, positions=positions))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert encoder(a_spectrogram()).dtype == torch.float32
+        assert encoder(a_spectrogram(), a_mask()[0]).dtype == torch.float32
+
+
 def test_weights_start_with_the_std_that_is_claimed():
     for network in (VisionTransformer(PRESETS["tiny"]), Predictor(PRESETS["base"])):
         for i, block in enumerate(network.blocks, start=1):
@@ -1104,7 +1112,7 @@ def test_explained_means_the_same_for_every_loss_and_target(loss, target_norm):
     targets = torch.randn(16, 12, 32)
     target_idx = torch.arange(12).expand(16, -1)
     normalised = model.normalise_targets(targets, target_norm)
-    blind = jepa.loss(mean_of_each_position(normalised), normalised).item()
+    blind = jepa.loss_function(mean_of_each_position(normalised), normalised).item()
     assert train.explained(jepa, 0.0, targets, target_idx) == pytest.approx(1)
     assert train.explained(jepa, blind, targets, target_idx) == pytest.approx(0, abs=1e-4)
 

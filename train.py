@@ -391,7 +391,7 @@ def explained(jepa: JEPA, loss: float, targets: torch.Tensor, target_idx: torch.
     """
     targets = normalise_targets(targets, jepa.target_norm)
     mean = mean_over_processes(targets.mean(0))  # [N, D]
-    blind_loss = jepa.loss(mean[target_idx], gather_tokens(targets, target_idx))
+    blind_loss = jepa.loss_function(mean[target_idx], gather_tokens(targets, target_idx))
     blind_loss = mean_over_processes(blind_loss).item()
     if blind_loss == 0:  # one clip is its own mean
         return math.nan
@@ -631,8 +631,8 @@ def find_checkpoint(out):
 
 def resume(run, checkpoint, settings):
     """Bring a run to where a checkpoint stands -> its Progress."""
-    for name, value in settings.items():
-        before = checkpoint["settings"].get(name)
+    for name, before in checkpoint["settings"].items():
+        value = settings.get(name)
         if before != value:
             flag = "--" + name.replace("_", "-")
             fail(
@@ -648,10 +648,11 @@ def resume(run, checkpoint, settings):
 
 def start_from(run, first_weights):
     """--init: begin with the networks of a checkpoint, of which there may be fewer than three."""
-    if first_weights:
-        positions = first_weights["config"]["model"].get("positions", "sincos")  # once the only one
-        if positions != run.args.positions:
-            fail(f"--init {run.args.init} has {positions}, not --positions {run.args.positions}")
+    if not first_weights:
+        return
+    positions = JEPAConfig(**first_weights["config"]["model"]).positions
+    if positions != run.args.positions:
+        fail(f"--init {run.args.init} has {positions}, not --positions {run.args.positions}")
     for name in ("context_encoder", "target_encoder", "predictor"):
         if name in first_weights:
             network = parts_of(run)[name]
@@ -659,7 +660,8 @@ def start_from(run, first_weights):
             try:
                 network.load_state_dict(first_weights[name])
             except RuntimeError:
-                fail(f"--init {run.args.init} does not fit --model {run.args.model}")
+                sizes = f"--model {run.args.model}, --patch and --predictor-..."
+                fail(f"--init {run.args.init} does not fit the sizes of {sizes}")
 
 
 # ---- Data of a run
