@@ -333,7 +333,7 @@ class Clips(Dataset):
     clips[i] is clip i of the epoch chosen by `set_epoch`, a pure function of (seed, epoch, i).
     A longer recording gives a random window. A shorter one is filled up with other recordings, end
     to end: were it filled with silence, most targets would be the same silence, and predicting
-    them would teach nothing. Only a rest shorter than a patch stays silent.
+    them would teach nothing. Only a rest shorter than 625 ms stays silent.
     RuntimeError: ten recordings in a row cannot be used.
     """
 

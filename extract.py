@@ -5,7 +5,7 @@
     python extract.py CHECKPOINT DATA --probe knn linear     accuracies on train|test/LABEL/*
 
 A recording is cut into windows as long as a training clip (10 s), the last one filled with silence.
-A window gives 16 rows, one for each 625 ms; a row is made of 8 tokens, one for each band of
+A window of 10 s gives 16 rows, one for each 625 ms; a row is made of 8 tokens, one for each band of
 frequencies. Only rows that the recording reaches into are used, and in means over a recording its
 last row counts by the share of it that holds sound.
 
@@ -205,7 +205,7 @@ def embed(encoder, rows_of, keep_rows, files, args) -> dict[int, Embedding]:
                     raise ValueError(f"{line} (--skip-bad leaves such out)")
                 tqdm.write(f"left out: {line}", file=sys.stderr)
                 bad.append(i)
-            filled = samples[b].item() * rows.shape[1] / encoder.window  # rows of sound, as 1.6
+            filled = samples[b].item() * rows.shape[1] / encoder.window  # rows of sound: 1.6
             with_sound = rows[b, : math.ceil(filled)]
             # In a mean each counts 1, and the last one its share of sound (0.6): in a short
             # recording it would else be half of the mean, and nearly all silence.
