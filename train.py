@@ -660,8 +660,8 @@ def start_from(run, first_weights):
             try:
                 network.load_state_dict(first_weights[name])
             except RuntimeError:
-                sizes = f"--model {run.args.model}, --patch and --predictor-..."
-                fail(f"--init {run.args.init} does not fit the sizes of {sizes}")
+                asked = f"--model {run.args.model} (or --patch, --predictor-dim, --predictor-depth)"
+                fail(f"--init {run.args.init} does not fit {asked}")
 
 
 # ---- Data of a run
