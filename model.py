@@ -92,27 +92,27 @@ def gather_tokens(tokens: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
     return tokens.gather(1, idx.unsqueeze(-1).expand(-1, -1, width))
 
 
-def patch_angles(dim: int, grid: tuple[int, int], base: float) -> tuple[torch.Tensor, torch.Tensor]:
+def patch_angles(dim: int, grid: tuple[int, int], base: float) -> torch.Tensor:
     """Each patch's place in mel and in time, times dim / 4 frequencies from 1 down to 1 / base.
 
-    -> (mel angles, time angles), each [N, dim / 4], in radians; row = t * mel_patches + f.
+    -> [N, 2, dim / 4], in radians; row = t * mel_patches + f, of the two first mel, then time (the
+    authors' order, so that their weights fit).
     """
     time_patches, mel_patches = grid
-    frequencies = base ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     t = torch.arange(time_patches).repeat_interleave(mel_patches)  # [N]: 0 0 0 ... 1 1 1 ...
     f = torch.arange(mel_patches).repeat(time_patches)  # [N]: 0 1 2 ... 0 1 2 ...
-    return f.unsqueeze(1) * frequencies, t.unsqueeze(1) * frequencies
+    places = torch.stack([f, t], dim=1)  # [N, 2]
+    frequencies = base ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    return places.unsqueeze(2) * frequencies
 
 
 def sincos_positions(dim: int, grid: tuple[int, int]) -> torch.Tensor:
     """Fixed 2-D sin-cos table -> [N, dim], to be added to tokens (sec. IV.B).
 
-    The first half of the width encodes the mel index, the second half the time index (the authors'
-    order, so that their weights fit).
+    The first half of the width are sines and cosines of the mel index, the second half of time.
     """
-    mel_angle, time_angle = patch_angles(dim, grid, base=10000.0)
-    parts = [mel_angle.sin(), mel_angle.cos(), time_angle.sin(), time_angle.cos()]
-    return torch.cat(parts, dim=1).float()
+    angle = patch_angles(dim, grid, base=10000.0)  # [N, 2, dim / 4]
+    return torch.cat([angle.sin(), angle.cos()], dim=2).flatten(1).float()
 
 
 def rotary_positions(dim: int, grid: tuple[int, int]) -> torch.Tensor:
@@ -121,8 +121,7 @@ def rotary_positions(dim: int, grid: tuple[int, int]) -> torch.Tensor:
     The base is 100 here: along an axis there are tens of patches, and angles that grow by less than
     1 / 100 from patch to patch would hardly differ.
     """
-    mel_angle, time_angle = patch_angles(dim, grid, base=100.0)
-    angle = torch.cat([mel_angle, time_angle], dim=1)  # [N, dim / 2]
+    angle = patch_angles(dim, grid, base=100.0).flatten(1)  # [N, dim / 2]
     return torch.cat([angle.sin(), angle.cos()], dim=1).float()
 
 
@@ -225,6 +224,23 @@ def init_weights(network: nn.Module) -> None:
         block.mlp.fc2.weight /= math.sqrt(2 * i)
 
 
+def run_blocks(network: nn.Module, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Tokens [B, L, D] through all blocks of an encoder or a predictor -> [B, L, D].
+
+    positions: their rows of its position table, either added to them, once, or turning the queries
+    and keys of every block.
+    """
+    x = tokens.to(positions.dtype)  # under autocast too, what flows past the blocks stays fp32
+    rotation = None
+    if network.config.positions == "rotary":
+        rotation = positions
+    else:
+        x = x + positions
+    for block in network.blocks:
+        x = block(x, rotation)
+    return x
+
+
 class VisionTransformer(nn.Module):
     """The encoder, context and target alike (sec. IV.B).
 
@@ -268,16 +284,8 @@ class VisionTransformer(nn.Module):
             # positions along, so that their order in the sequence means nothing.
             patches = gather_tokens(patches, context_idx)  # [B, C, 256]
             positions = positions[context_idx]  # [B, C, D]
-        x = self.patch_embed(patches)  # [B, L, D], L = N or C
-        x = x.to(positions.dtype)  # under autocast too, what flows past the blocks stays fp32
-        rotation = None
-        if self.config.positions == "rotary":
-            rotation = positions
-        else:
-            x = x + positions
-        for block in self.blocks:
-            x = block(x, rotation)
-        return self.norm(x)
+        tokens = self.patch_embed(patches)  # [B, L, D], L = N or C
+        return self.norm(run_blocks(self, tokens, positions))
 
 
 class Predictor(nn.Module):
@@ -308,18 +316,12 @@ class Predictor(nn.Module):
     def forward(self, context, context_idx, target_idx):
         visible = self.embed(context)  # [B, C, P]
         masked = self.mask_token.expand(*target_idx.shape, -1)  # [B, M, P]
-        x = torch.cat([visible, masked], dim=1)  # [B, C + M, P]
+        tokens = torch.cat([visible, masked], dim=1)  # [B, C + M, P]
         positions = self.pos_embed[torch.cat([context_idx, target_idx], dim=1)]
-        rotation = None
-        if self.config.positions == "rotary":
-            rotation = positions
-        else:
-            x = x + positions
-        for block in self.blocks:
-            x = block(x, rotation)
+        tokens = run_blocks(self, tokens, positions)
         num_visible = context.shape[1]
-        x = x[:, num_visible:]  # [B, M, P]
-        return self.proj(self.norm(x))  # [B, M, D]
+        filled_in = tokens[:, num_visible:]  # [B, M, P]
+        return self.proj(self.norm(filled_in))  # [B, M, D]
 
 
 # The losses take predictions and targets [B, M, D] and average over the masked tokens. Eq. (2) is a
