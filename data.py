@@ -50,7 +50,7 @@ from torchaudio.compliance import kaldi
 from tqdm import tqdm
 
 FRAMES_PER_SECOND = 25.6  # 256 frames in 10 s, and as many per second in clips of another length
-PATCH_SECONDS = 0.625  # 16 frames
+PATCH_SECONDS = 0.625  # 16 frames, a patch unless --patch says otherwise
 MEL_BINS = 128
 FLOOR = torch.finfo(torch.float32).eps  # Kaldi's least power: silence becomes log(FLOOR) = -15.9
 UNREADABLE = (OSError, ValueError, RuntimeError)  # what reading a bad recording may raise
@@ -64,8 +64,8 @@ class LogMel(nn.Module):
 
     There is a frame every `hop` = sample_rate * clip_seconds / time_bins samples (1250, or 39 ms),
     seen through a window of 2.5 hops. ValueError if the hop is not a whole number of samples.
-    Another front end is a subclass with other `frames`, as AuthorsLogMel in train.py; `train`
-    of train.py, AudioJEPAEncoder and `pack` name the class.
+    Another front end is a subclass with other `frames`, as AuthorsLogMel in train.py. To use it,
+    put its name for LogMel in `train` (train.py), AudioJEPAEncoder (extract.py) and `pack`.
     """
 
     def __init__(
@@ -199,16 +199,19 @@ class AudioFiles(Recordings):
         name, *place = self.entries[i].split(b"\0")
         file = os.path.join(self.root, name)
         is_mp3 = name.lower().endswith(b".mp3")
+        content = None
         if place:
             shard, offset, size = place
             with open(os.path.join(self.root, shard), "rb") as tar:
                 tar.seek(int(offset))
-                file = io.BytesIO(tar.read(int(size)))
+                content = tar.read(int(size))
         elif is_mp3:
             with open(file, "rb") as mp3:
-                file = io.BytesIO(mp3.read())
+                content = mp3.read()
         if is_mp3:
-            file = io.BytesIO(with_info_frame(file.read()))
+            content = with_info_frame(content)
+        if content is not None:
+            file = io.BytesIO(content)
         try:
             return soundfile.SoundFile(file)
         except soundfile.LibsndfileError as error:
@@ -342,7 +345,7 @@ class Clips(Dataset):
         self.seed = seed
         self.epoch = 0
         self.length = round(clip_seconds * source.rate)
-        self.patch = round(PATCH_SECONDS * source.rate)
+        self.shortest = min(round(PATCH_SECONDS * source.rate), self.length)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -368,7 +371,7 @@ class Clips(Dataset):
         bad = []
         reads = 0
         missing = self.length
-        while missing >= self.patch and reads < 1000:  # else clicks alone would take for ever
+        while missing >= self.shortest and reads < 1000:  # a set of clicks would take for ever
             reads += 1
             try:
                 window = self.source.window(i, missing, rng)
@@ -435,9 +438,9 @@ def clip_order(num_clips: int, seed: int, batch_size: int, steps: range, rows: l
         return torch.randperm(num_clips, generator=generator)
 
     for step in steps:
-        for part in rows:
+        for micro_batch in rows:
             batch = []
-            for row in range(part.start, part.stop):
+            for row in range(micro_batch.start, micro_batch.stop):
                 epoch, place = divmod(step * batch_size + row, num_clips)
                 batch.append((epoch, int(shuffled(epoch)[place])))
             yield batch
@@ -492,8 +495,10 @@ def collate(readings):
 # The reading ends here. What follows finds and decodes audio.
 
 AUDIO = tuple(b".wav .flac .ogg .oga .opus .mp3 .aiff .aif .aifc .au .caf .rf64 .sph .w64".split())
+# What libsndfile cannot read:
 OTHER_AUDIO = tuple(b".m4a .mp4 .aac .wma .webm .mka .amr .ape .wv .3gp .mkv .mov .ac3".split())
-SEEK_SECONDS = 30  # a shorter way we decode, which is exact in every format, and often faster
+# Up to this far ahead we decode and throw away, which is exact in every format. We seek further.
+SEEK_SECONDS = 30
 WANTED = (
     f"wanted is a folder, a list or a .tar of {b' '.join(AUDIO).decode()}; a list is a .txt with a "
     "path a line, a .csv or .tsv with paths in its first column, or fairseq's .tsv"
@@ -597,7 +602,7 @@ def printable(name: str | bytes | os.PathLike) -> str:
     return repr(os.fsdecode(name))[1:-1]
 
 
-# Bytes in a frame of 128 kbit/s (MPEG-1) or 80 (MPEG-2 and 2.5), by the second byte of its header
+# Bytes in a frame of the bit rate 9 of 15, by the second byte of its header (the version of MPEG)
 # and the number of its sample rate.
 MP3_FRAMES = {0xFB: (417, 384, 576), 0xF3: (261, 240, 360), 0xE3: (522, 480, 720)}
 
@@ -614,17 +619,17 @@ def with_info_frame(mp3: bytes) -> bytes:
     beginning = mp3[start : start + 200]
     if len(beginning) < 200 or b"Xing" in beginning or b"Info" in beginning:
         return mp3
-    kind = beginning[1] | 1  # with this bit, there is no checksum
+    kind = beginning[1] | 1  # this bit says that there is no checksum
     rate = beginning[2] >> 2 & 3
     channels = beginning[3]
     if beginning[0] != 0xFF or kind not in MP3_FRAMES or rate == 3:
         return mp3
-    zeros = 17  # how many bytes of other information a frame has before its sound
+    side_bytes = 17  # between the header and "Xing"
     if kind == 0xFB and channels < 0xC0:  # stereo
-        zeros = 32
+        side_bytes = 32
     if kind != 0xFB and channels >= 0xC0:  # mono
-        zeros = 9
-    frame = bytes([0xFF, kind, 0x90 | rate << 2, channels]) + bytes(zeros)
+        side_bytes = 9
+    frame = bytes([0xFF, kind, 0x90 | rate << 2, channels]) + bytes(side_bytes)
     frame += b"Xing" + b"\0\0\0\1" + b"\0\x10\0\0"  # a flag, the number of frames
     return mp3[:start] + frame.ljust(MP3_FRAMES[kind][rate], b"\0") + mp3[start:]
 
@@ -685,11 +690,13 @@ def whole_file(path: str | os.PathLike):
             file.flush()
             os.fsync(file.fileno())  # or a power cut could leave the new name on an empty file
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
+    except BaseException as error:
         if os.path.exists(temporary):
             os.remove(temporary)
-        reason = error.__context__ or error  # torch.save raises another error than the disk's
-        raise OSError(f"cannot write {path}: {reason}; what was there before is kept") from error
+        cause = error.__context__ or error  # torch.save hides the disk's error behind its own
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(f"cannot write {path}: {cause}; what was there before is kept") from error
 
 
 def leave_signals_to_the_main_process(_):
@@ -731,12 +738,12 @@ class EachRecording(Dataset):
 
 
 def in_workers(work, files):
-    """Yield work(files, i) of all recordings, in order, from as many workers as we have cores."""
+    """A loader of (i, work(files, i), reason it failed) of all recordings, in order."""
     return DataLoader(
         EachRecording(files, work),
         batch_size=None,
         num_workers=usable_cores(),
-        collate_fn=tuple,  # the answer as it is: else its arrays would become tensors
+        collate_fn=tuple,  # leaves arrays what they are: the default makes tensors of them
     )
 
 

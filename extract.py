@@ -117,7 +117,7 @@ class AudioJEPAEncoder(nn.Module):
         B, T = waveform.shape
         waveform = waveform.to(self.log_mel.window.device, torch.float32)
         windows = F.pad(waveform, (0, -T % self.window)).reshape(-1, self.window)
-        rows = [self.rows(some) for some in windows.split(32)]  # 10 minutes must fit into memory
+        rows = [self.rows(part) for part in windows.split(32)]  # 10 minutes must fit into memory
         rows = torch.cat(rows).view(B, -1, self.output_dim)
         return rows[:, : math.ceil(T * self.rows_per_window / self.window)]
 
@@ -205,6 +205,7 @@ def embed(encoder, rows_of, keep_rows, files, args) -> dict[int, Embedding]:
                     raise ValueError(f"{line} (--skip-bad leaves such out)")
                 tqdm.write(f"left out: {line}", file=sys.stderr)
                 bad.append(i)
+                continue
             filled = samples[b].item() * rows.shape[1] / encoder.window  # rows of sound: 1.6
             with_sound = rows[b, : math.ceil(filled)]
             # In a mean each counts 1, and the last one its share of sound (0.6): in a short
@@ -218,7 +219,7 @@ def embed(encoder, rows_of, keep_rows, files, args) -> dict[int, Embedding]:
             if keep_rows:
                 embedding.rows.append(with_sound.clone())
     for i in bad:
-        del found[i]  # what its windows before the bad one have given
+        found.pop(i, None)  # what its windows before the bad one have given
     if not found:
         raise ValueError(f"{args.data}: none of {len(files)} recordings can be used")
     return dict(sorted(found.items()))
@@ -290,8 +291,8 @@ def knn(probe, embeddings, labels, classes, train, test):
 class Probe(nn.Module):
     """LayerNorm and one Linear: (rows [B, R, K], padding [B, R]) -> [B, classes].
 
-    Linear: of the only row, the pooled embedding, as in X-ARES. Attentive: of what one learned
-    query draws out of all rows, in 8 heads of 64 numbers.
+    Without attention there is one row, the pooled embedding, as in X-ARES. Attentive: one learned
+    query gathers what it needs from all rows, in 8 heads of 64 numbers.
     """
 
     def __init__(self, width, classes, attentive):
@@ -299,7 +300,7 @@ class Probe(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.attention = None
         if attentive:
-            dim = 512  # whatever K is: for the 6144 of `base`, as wide a one has 150 M weights
+            dim = 512  # and not K: with the 6144 of `base`, attention would have 150 M weights
             self.attention = nn.MultiheadAttention(dim, 8, kdim=width, vdim=width, batch_first=True)
             self.query = nn.Parameter(0.02 * torch.randn(1, dim))
             width = dim
@@ -348,14 +349,14 @@ def train_probe(rows, attentive, labels, classes, train, valid, test):
             optimizer.step()
             optimizer.zero_grad()
         on_valid = accuracy(valid)
-        if on_valid >= best:  # of equals the last, which has seen most
+        if on_valid >= best:  # of equally good epochs the last; without `valid` all are equal
             best = on_valid
             on_test = accuracy(test)
     return best, on_test
 
 
 def deal(labels, folds):
-    """Deal clips out like cards, class after class, shuffled -> the fold of each, int64."""
+    """Shuffle the clips of each class and deal them out like cards -> the fold of each, int64."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     order = order[labels[order].argsort(stable=True)]
     fold = torch.empty_like(labels)
@@ -379,8 +380,8 @@ def split_of(folder):
 
 
 def read_task(args, names):
-    """Paths SPLIT/LABEL/..., FOLD/LABEL/... or LABEL/... -> (class of each, [(train, valid, test)]
-    as indices), of which there is one for each fold that is tested. ValueError for other paths.
+    """Paths SPLIT/LABEL/..., FOLD/LABEL/... or LABEL/... -> the class of each, and a tuple (train,
+    valid, test) of indices for each fold that is tested. ValueError for other paths.
     """
     wanted = (
         f"{args.data}: wanted are train/LABEL/* and test/LABEL/* (and valid/LABEL/*), or "
@@ -390,8 +391,10 @@ def read_task(args, names):
     tops = [folder[0].lower().removesuffix(".tar") if folder else "" for folder in folders]
     splits = [split_of(top) for top in tops]
     has_folds = all(top.startswith("fold") for top in tops)
-    has_splits = None not in splits or {"train", "test"} <= set(splits)  # "train" may be a class
-    if has_splits and (None in splits or not {"train", "test"} <= set(splits)):
+    has_splits = {"train", "test"} <= set(splits)
+    if has_splits and None in splits:  # other folders beside train and test
+        raise ValueError(wanted)
+    if not has_splits and None not in splits:  # train and valid without test, for instance
         raise ValueError(wanted)
     if args.folds and (has_splits or has_folds):
         raise ValueError(f"{wanted}; --folds is for LABEL/* alone")
@@ -469,7 +472,7 @@ def run_probes(args, encoder, files):
                 rows.append(torch.cat(embedding.rows))
         table[view.name] = accuracies(args.probe, torch.stack(pooled), rows, labels, splits)
 
-    train, valid, test = splits[0]
+    train, valid, test = splits[0]  # the same for all views, as all have read the same recordings
     about = {
         "data": printable(args.data),
         "encoder": args.encoder,
@@ -478,7 +481,8 @@ def run_probes(args, encoder, files):
         "train": len(train),
         "valid": len(valid),
         "test": len(test),
-        "chance": round(labels[test].bincount().max().item() / len(test), 3),  # one answer to all
+        # of giving the commonest class as the answer to everything:
+        "chance": round(labels[test].bincount().max().item() / len(test), 3),
     }
     print("  ".join(f"{name} {value}" for name, value in about.items()))
     tested = sum(len(test) for _, _, test in splits)

@@ -77,7 +77,7 @@ def block_mask(
     first = torch.where(covers.any(1), first, num_rectangles)  # bare patches come last
 
     # Thin. Patches are masked in the order of their rectangles. Noise adds a fraction to this whole
-    # number: it shuffles the patches of one rectangle, and never moves one into another rectangle.
+    # number: it shuffles the patches of one rectangle, and moves none into another rectangle.
     noise = torch.rand(batch_size, time * mel, generator=generator, device=device)
     return mask_lowest(first + noise, num_masked)
 
@@ -112,9 +112,9 @@ def draw_masks(
     `mask_fn` is one of MASKS. The masked share is drawn once a step from U(mask_ratio)
     (sec. IV.A), so that all clips of the batch have equally many masked patches.
 
-    For given sizes the answer is a pure function of (seed, step): it needs no random state from the
-    step before. That is why a run that is continued, or split over processes, draws the same masks,
-    and why no random state is ever saved.
+    For given sizes, and one kind of device, the answer is a pure function of (seed, step): it needs
+    no random state from the step before. That is why a run that is continued, or split over
+    processes, draws the same masks, and why no random state is ever saved.
     """
     # random.Random hashes a string, so that steps 1 and 2 give unrelated numbers.
     rng = random.Random(f"masks of seed {seed}, step {step}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The networks of Audio-JEPA (arXiv 2507.02915): encoder, predictor, and the loss between them.
+"""The networks of Audio-JEPA (arXiv 2507.02915): encoder and predictor, and the losses.
 
 The whole method in one picture (Fig. 1 of the paper; the numbers are the defaults):
 
@@ -9,7 +9,8 @@ The whole method in one picture (Fig. 1 of the paper; the numbers are the defaul
         v                                    v
     context_encoder -> [B, C, D]         target_encoder -> [B, N, D]   (its moving average)
         |                                    |
-        v                                    |  stop-gradient; keep the masked ones, target_idx
+        | + where the masked patches are     | stop-gradient; keep the masked ones, target_idx
+        v                                    v
     predictor -> [B, M, D]  -- loss --   targets [B, M, D]
 
 Letters in the shape comments: B clips, N patches of a clip, C context (visible) patches, M masked
@@ -48,7 +49,7 @@ class JEPAConfig:
         must_divide = [
             ("time_bins", self.patch[0], "frames of a patch"),
             ("mel_bins", self.patch[1], "bands of a patch"),
-            # Each head has sines and cosines (2) of two axes (x 2), if its positions are rotary.
+            # Rotary positions turn pairs of features (x 2) along two axes (x 2) in each head.
             ("dim", 4 * self.heads, "= 4 x heads"),
             ("predictor_dim", 4 * self.predictor_heads, "= 4 x heads of the predictor"),
         ]
@@ -93,10 +94,11 @@ def gather_tokens(tokens: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
 
 
 def patch_angles(dim: int, grid: tuple[int, int], base: float) -> torch.Tensor:
-    """Each patch's place in mel and in time, times dim / 4 frequencies from 1 down to 1 / base.
+    """The index of each patch in mel and in time, times dim / 4 frequencies.
 
-    -> [N, 2, dim / 4], in radians; row = t * mel_patches + f, of the two first mel, then time (the
-    authors' order, so that their weights fit).
+    -> [N, 2, dim / 4], in radians. Rows are patches, row = t * mel_patches + f. The axis of 2 is
+    mel, then time, as in the authors' code, so that their weights fit. The frequencies fall from 1
+    to nearly 1 / base.
     """
     time_patches, mel_patches = grid
     t = torch.arange(time_patches).repeat_interleave(mel_patches)  # [N]: 0 0 0 ... 1 1 1 ...
@@ -109,7 +111,8 @@ def patch_angles(dim: int, grid: tuple[int, int], base: float) -> torch.Tensor:
 def sincos_positions(dim: int, grid: tuple[int, int]) -> torch.Tensor:
     """Fixed 2-D sin-cos table -> [N, dim], to be added to tokens (sec. IV.B).
 
-    The first half of the width are sines and cosines of the mel index, the second half of time.
+    The first half of the width holds sines, then cosines, of the mel angles, the second half those
+    of the time angles.
     """
     angle = patch_angles(dim, grid, base=10000.0)  # [N, 2, dim / 4]
     return torch.cat([angle.sin(), angle.cos()], dim=2).flatten(1).float()
@@ -140,11 +143,12 @@ def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
 
     Features i and i + K / 2 of x are a point in a plane. It is turned by an angle that grows with
     the mel index (the first K / 4 points) or with the time index (the others). The product of a
-    turned query and a turned key depends on how far apart the two are in time and in mel, and not
-    on where they are: nothing tells the network which mel band a patch is, but its sound.
+    turned query and a turned key depends on how far, and in which direction, one lies from the
+    other in time and in mel, and not on where they are. The network is never told the mel band of a
+    patch: it has to know it by the sound, or by the neighbours that are missing at the edges.
     """
-    rotation = rotation.to(x.dtype).unsqueeze(-3)  # [B, 1, L, K]: the same for all heads
-    sin, cos = rotation.chunk(2, dim=-1)  # [B, 1, L, K / 2]
+    rotation = rotation.to(x.dtype).unsqueeze(-3)  # [B, 1, L, K] or [1, L, K]: alike in all heads
+    sin, cos = rotation.chunk(2, dim=-1)  # each [..., L, K / 2]
     a, b = x.chunk(2, dim=-1)  # [B, H, L, K / 2]
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
@@ -169,7 +173,7 @@ class Attention(nn.Module):
             q = rotate(q, rotation)
             k = rotate(k, rotation)
         if x.device.type == "cpu":
-            # The same as below in plain steps: on a CPU the fused one is slower than these.
+            # The same arithmetic as below in plain steps, which are faster on a CPU.
             scale = (D // self.heads) ** -0.5
             scores = (scale * q) @ k.mT  # [B, H, L, L]
             x = scores.softmax(dim=-1) @ v
@@ -212,8 +216,8 @@ def init_weights(network: nn.Module) -> None:
     """Truncated normal of std 0.02, zero biases, unit norms.
 
     Each block adds to the residual stream twice. The two projections that write block i = 1, 2, ...
-    into it are divided by sqrt(2 i), so that its variance grows as 1 + 1/2 + 1/3 + ..., with the
-    logarithm of the depth and not with the depth.
+    into it are divided by sqrt(2 i), so that the variance of the stream grows as 1 + 1/2 + 1/3 +
+    ..., with the logarithm of the depth and not with the depth.
     """
     for module in network.modules():
         if isinstance(module, nn.Linear):
@@ -227,10 +231,11 @@ def init_weights(network: nn.Module) -> None:
 def run_blocks(network: nn.Module, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Tokens [B, L, D] through all blocks of an encoder or a predictor -> [B, L, D].
 
-    positions: their rows of its position table, either added to them, once, or turning the queries
+    positions: for each token its row of the network's position table, [B, L, K] or [L, K]. A
+    sin-cos code (K = D) is added to the tokens, once. A rotary one (K = D / H) turns the queries
     and keys of every block.
     """
-    x = tokens.to(positions.dtype)  # under autocast too, what flows past the blocks stays fp32
+    x = tokens.to(positions.dtype)  # fp32: autocast may lower the products, not the stream itself
     rotation = None
     if network.config.positions == "rotary":
         rotation = positions
@@ -324,11 +329,11 @@ class Predictor(nn.Module):
         return self.proj(self.norm(filled_in))  # [B, M, D]
 
 
-# The losses take predictions and targets [B, M, D] and average over the masked tokens. Eq. (2) is a
-# squared distance: it sums over the width D, so that it starts near D. The other two do not sum:
-# smooth L1 is averaged over the width as in I-JEPA's code, and a cosine has no width. Their values
-# are D times smaller, which changes next to nothing: AdamW divides a gradient by its own size.
-# (Only the weight of the term against collapse, below, counts D times as much beside them.)
+# A loss takes predictions and targets [B, M, D] and averages over the masked tokens. Eq. (2) is a
+# squared distance: it sums over the width D, so that it starts near D. The other two do not sum
+# over D, as in I-JEPA's code and in the authors': they are about D times smaller. AdamW divides a
+# gradient by its own size, so that the learning rate need not change. But the weight of the term
+# against collapse, below, must be about D times smaller with them.
 
 
 def l2_loss(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -354,7 +359,7 @@ def variance_covariance(tokens: torch.Tensor) -> torch.Tensor:
     """
     tokens = tokens.float().flatten(0, 1)  # [B * C, D]
     with torch.autocast(tokens.device.type, enabled=False):
-        covariance = torch.cov(tokens.T)  # [D, D], in fp32
+        covariance = torch.cov(tokens.T)  # [D, D]
     variance = covariance.diagonal()
     too_small = F.relu(1 - torch.sqrt(variance + 1e-4)).sum()  # + 1e-4: sqrt is too steep at 0
     correlated = covariance.square().sum() - variance.square().sum()
@@ -406,16 +411,18 @@ class JEPA(nn.Module):
     def forward(self, spectrogram, context_idx, target_idx, targets):
         context = self.context_encoder(spectrogram, context_idx)  # [B, C, D], c = f_ctx(x \ M)
         predictions = self.predictor(context, context_idx, target_idx)  # [B, M, D], g_pred(c)
-        # Stop-gradient: the targets are constants here. If the loss could move them as well, the
-        # two encoders would meet where it costs least: every clip mapped to one constant, which is
-        # predicted without error and says nothing (collapse). `train_step` runs the target encoder
-        # under no_grad, for the same end; `detach` holds whoever calls this.
+        # Stop-gradient: the targets are constants here. If gradient descent could move them too,
+        # the two encoders would meet where it costs least: every clip mapped to one constant, which
+        # is predicted without error and says nothing (collapse). In train.py no gradient could flow
+        # to them anyway, as the target encoder runs under no_grad and no optimizer has its weights.
+        # `detach` makes sure of it for any other caller.
         normalised = normalise_targets(targets.detach(), self.target_norm)  # [B, N, D]
         wanted = gather_tokens(normalised, target_idx)  # [B, M, D], f_tgt(x)_j for j in M
         loss = self.loss_function(predictions.float(), wanted)
         if self.anti_collapse > 0:
-            # This adds the gradient of the term to the gradient, and 0 to the value: the loss in
-            # the log stays that of eq. (2).
+            # The gradient of the term counts, and its value does not, as the difference is 0. So
+            # the log shows eq. (2) alone, and `explained` can compare it with a loss of the same
+            # kind.
             term = self.anti_collapse * variance_covariance(context)
             loss = loss + (term - term.detach())
         return loss

@@ -2120,7 +2120,7 @@ def test_the_log_mel_of_a_gpu_is_that_of_a_cpu():
     waveform = torch.from_numpy(np.stack([noise(10), tone(10)]))
     on_cpu = log_mel(waveform)
     on_gpu = log_mel.to("cuda")(waveform.to("cuda")).cpu()
-    assert (on_gpu - on_cpu).abs().max() < 0.01  # tf32 is allowed there
+    assert (on_gpu - on_cpu).abs().max() < 0.01
 
 
 @needs_gpu

@@ -141,7 +141,7 @@ def train_step(run: Run, step: int, clips: list[torch.Tensor]) -> StepResult:
 
         # DDP averages the gradients of all processes during `backward`. Until the last micro-batch
         # they only add up in each process: one average of the sum is the same, and costs less.
-        # (This is what DDP's no_sync() sets. Without DDP it has no meaning.)
+        # (This is what DDP's no_sync() sets. On a model without DDP nobody reads it.)
         run.ddp_model.require_backward_grad_sync = micro == args.accum - 1
 
         mixed = run.precision != torch.float32
@@ -212,7 +212,7 @@ def train(args: argparse.Namespace, stop: "StopSignals") -> None:
     """A run from its flags to its end."""
     out = Path(args.out)
 
-    # Device, data, an earlier checkpoint: whatever is wrong with them is said in one line
+    # Device, data, an earlier checkpoint. Whatever is wrong with them is said in one line.
     processes = launched_processes()
     is_first = processes.rank == 0
     try:
@@ -224,7 +224,7 @@ def train(args: argparse.Namespace, stop: "StopSignals") -> None:
         if not os.access(out, os.W_OK):
             raise ValueError(f"--out {out}: no permission to write there")
         checkpoint = None if args.benchmark else find_checkpoint(out)
-        first_weights = {}
+        first_weights = None
         if args.init is not None and checkpoint is None:
             first_weights = load_networks(args.init)
         clips = open_clips(args)
@@ -240,6 +240,8 @@ def train(args: argparse.Namespace, stop: "StopSignals") -> None:
     amp = from_first_process(choose_amp(args.amp, device.type, checkpoint))
     precision = PRECISIONS[amp]
     settings = settings_of(args, clips, amp)
+    # All have measured the same clips, but one may have failed to read what another could.
+    log_mel.mean, log_mel.std = from_first_process((log_mel.mean, log_mel.std))
 
     # Model. Every process draws the same weights from the same seed.
     torch.manual_seed(args.seed)
@@ -285,7 +287,8 @@ def train(args: argparse.Namespace, stop: "StopSignals") -> None:
         progress = resume(run, checkpoint, settings)
     else:
         progress = Progress()
-        start_from(run, first_weights)
+        if first_weights is not None:
+            start_from(run, first_weights)
     if is_first:
         print(describe(run, clips, processes, progress))
         cut_log(out / "log.csv", progress.step)
@@ -304,13 +307,13 @@ def train(args: argparse.Namespace, stop: "StopSignals") -> None:
         note_bad_files(out / "bad_files.txt", micro_batches)
         result = train_step(run, step, [batch.audio for batch in micro_batches])
 
-        # What all processes have to know: the mean loss, and whether anyone is asked to stop.
-        # The four numbers travel together, in one exchange a step.
+        # What all processes have to know: the mean loss, what was read, and whether any of them is
+        # asked to stop. The four numbers are added up together, in one exchange a step.
         reads = sum(batch.reads for batch in micro_batches)
         bad = sum(len(batch.bad) for batch in micro_batches)
         ours = [result.loss / processes.count, reads, bad, stop.requested]
         of_all = sum_over_processes(torch.tensor(ours, device=device))
-        mean_loss, all_reads, all_bad, stops = of_all.tolist()
+        mean_loss, all_reads, all_bad, asked_to_stop = of_all.tolist()
 
         progress.step = step + 1
         progress.reads += int(all_reads)
@@ -325,17 +328,17 @@ def train(args: argparse.Namespace, stop: "StopSignals") -> None:
             progress.skipped_in_a_row += 1
         stop_if_hopeless(progress, out)
 
-        is_last = progress.step == args.steps or stops > 0
+        ends_here = progress.step == args.steps or asked_to_stop > 0
         if progress.step % args.log_every == 0 or progress.step in (1, args.steps):
             row = log_row(run, progress, result, mean_loss, len(clips))
             if is_first:
                 write_row(out / "log.csv", row)
             progress.start_interval()
         keep = progress.step % args.save_every == 0
-        if is_first and (keep or is_last or time.monotonic() - saved > 600):
+        if is_first and (keep or ends_here or time.monotonic() - saved > 600):
             save(run, progress, settings, out, keep)
             saved = time.monotonic()
-        if is_last:
+        if ends_here:
             break
 
     if is_first:
@@ -352,8 +355,8 @@ def train(args: argparse.Namespace, stop: "StopSignals") -> None:
 
 @torch.no_grad()
 def monitors(targets: torch.Tensor) -> dict[str, float]:
-    """Numbers that fall in a collapse (mean_cosine rises), over the targets [B, N, D] of all
-    processes. Compare them with those of step 1: an untrained network is far from 1 or 0 already.
+    """Do the targets [B, N, D] of all processes collapse? Then the first three of these numbers
+    fall, and the last rises to 1. What is normal depends on the data: compare with step 1.
 
     token_std: std over the tokens of a clip, mean over clips and features; 0 if the tokens of a
     clip are alike. The others look at the pooled targets, the mean token of each clip:
@@ -364,7 +367,7 @@ def monitors(targets: torch.Tensor) -> dict[str, float]:
     """
     token_std = mean_over_processes(targets.std(1, correction=0).mean()).item()
     pooled = gather_from_processes(targets.mean(1)).cpu().double()
-    if not pooled.isfinite().all():  # of a step that was skipped
+    if not pooled.isfinite().all():  # the step was skipped, and svdvals takes no NaN
         names = ("token_std", "target_std", "effective_rank", "mean_cosine")
         return dict.fromkeys(names, math.nan)
     clips = len(pooled)
@@ -387,7 +390,8 @@ def explained(jepa: JEPA, loss: float, targets: torch.Tensor, target_idx: torch.
 
     Blind is a predictor that knows no sound, and answers with the mean target of each position over
     the batch (of all processes). At 0 or below, nothing about the sound is predicted, however small
-    the loss is; 1 is a perfect prediction. targets [B, N, D], target_idx [B, M].
+    the loss is; 1 is a perfect prediction. A clip is a part of its own mean, so that this number
+    is lower in a small batch. targets [B, N, D], target_idx [B, M].
     """
     targets = normalise_targets(targets, jepa.target_norm)
     mean = mean_over_processes(targets.mean(0))  # [N, D]
@@ -443,7 +447,7 @@ def cut_log(path, step):
         path.unlink(missing_ok=True)
         return
     header, *rows = path.read_text().splitlines(keepends=True)
-    kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= step]
+    kept = [row for row in rows if row.endswith("\n") and float(row.split(",")[0]) <= step]
     with whole_file(path) as file:
         file.write("".join([header, *kept]).encode())
 
@@ -479,7 +483,7 @@ def make_optimizer(model, weight_decay):
 
 MAY_CHANGE = (  # when a run is continued
     "out",
-    "accum",
+    "accum",  # only rounding depends on it; with --anti-collapse, also which clips are compared
     "compile",
     "workers",
     "save_every",
@@ -602,6 +606,8 @@ class AuthorsLogMel(LogMel):
     """The front end of the authors' weights: a hop of 1243, a window of 3108, peak-normalised
     waveforms, the 255 frames that lie inside the clip, and zeros for the 256th."""
 
+    config = None  # nothing can be chosen
+
     def __init__(self):
         super().__init__()
         self.hop = 1243
@@ -648,11 +654,12 @@ def resume(run, checkpoint, settings):
 
 def start_from(run, first_weights):
     """--init: begin with the networks of a checkpoint, of which there may be fewer than three."""
-    if not first_weights:
-        return
-    positions = JEPAConfig(**first_weights["config"]["model"]).positions
-    if positions != run.args.positions:
-        fail(f"--init {run.args.init} has {positions}, not --positions {run.args.positions}")
+    theirs = JEPAConfig(**first_weights["config"]["model"])
+    ours = run.model.config
+    for name in ("positions", "patch"):  # of which the shapes of weights do not tell
+        before = getattr(theirs, name)
+        if before != getattr(ours, name):
+            fail(f"--init {run.args.init} has {before}, not --{name} {getattr(ours, name)}")
     for name in ("context_encoder", "target_encoder", "predictor"):
         if name in first_weights:
             network = parts_of(run)[name]
@@ -682,7 +689,7 @@ def note_bad_files(path, batches):
     for batch in batches:
         for name, reason in batch.bad:
             line = f"{printable(name)}\t{printable(reason)}\n"
-            if not path.exists() or line not in path.read_text():
+            if not path.exists() or line not in path.read_text().splitlines(keepends=True):
                 with open(path, "a") as file:
                     file.write(line)
         if batch.audio is None:
@@ -734,7 +741,6 @@ def choose_device(processes) -> torch.device:
         if processes.local_count > gpus:
             raise ValueError(f"{processes.local_count} processes on a machine of {gpus} GPUs")
         torch.cuda.set_device(processes.local_rank)
-        torch.backends.cuda.matmul.allow_tf32 = True
         return torch.device("cuda", processes.local_rank)
     if torch.backends.mps.is_available():
         return torch.device("mps")
@@ -839,6 +845,7 @@ def from_first_process(value):
 
 
 def sum_over_processes(tensor):
+    """In place."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
