@@ -839,6 +839,13 @@ def test_only_a_rest_shorter_than_a_patch_stays_silent(tmp_path, seconds, silent
     assert (clip == 0).sum() == silent * 32000
 
 
+def test_a_clip_may_be_shorter_than_a_patch(tmp_path):
+    write_level(tmp_path / "x.wav", 0.5, seconds=1.0)
+    clip = data.AudioClips(tmp_path, clip_seconds=0.3125)[0]
+    assert clip.shape == (10000,)
+    assert (clip == 0.5).all()
+
+
 @pytest.mark.parametrize("how", BAD)
 @pytest.mark.parametrize("name", ["a bad.wav", "a bad.mp3"])
 def test_a_bad_recording_is_replaced_and_reported(tmp_path, how, name):
@@ -1334,6 +1341,7 @@ def test_init_begins_with_weights_of_its_size(tmp_path, capsys, reference):
     flags = [*TINY, "--out", tmp_path / "b", "--init", tmp_path / "other.pt"]
     assert "--model small" in error_line(capsys, *flags, "--model", "small")
     assert "--positions rotary" in error_line(capsys, *flags, "--positions", "rotary")
+    assert "--patch (8, 32)" in error_line(capsys, *flags, "--patch", 8, 32)  # as many numbers
 
 
 def test_whole_file_keeps_what_was_there_when_writing_fails(tmp_path):
@@ -1343,6 +1351,10 @@ def test_whole_file_keeps_what_was_there_when_writing_fails(tmp_path):
         with data.whole_file(path) as file:
             file.write(b"half")
             raise OSError("disk is full")
+    with pytest.raises(KeyError):  # of the caller: nothing is wrong with the disk
+        with data.whole_file(path) as file:
+            file.write(b"half")
+            raise KeyError
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -1451,12 +1463,12 @@ def test_twenty_steps_without_a_finite_gradient_stop_a_run(tmp_path, capsys):
 
 def test_a_bad_recording_is_replaced_and_listed_once(tmp_path):
     folder = corpus(tmp_path / "c", 30, seconds=1.25)
-    (folder / "bad.wav").write_text("no audio")
+    for name in ("bad.wav", "d.wav"):
+        (folder / name).write_text("no audio")
     _, log = pretrain(tmp_path / "out", "--data", folder)
     lines = (tmp_path / "out" / "bad_files.txt").read_text().splitlines()
-    assert len(lines) == 1
-    assert lines[0].startswith("bad.wav\t")
-    assert int(log[-1]["bad_files"]) >= 5  # it was met once an epoch
+    assert sorted(line.split("\t")[0] for line in lines) == ["bad.wav", "d.wav"]
+    assert int(log[-1]["bad_files"]) >= 5  # each was met once an epoch
 
 
 def test_a_set_that_is_mostly_bad_stops_the_run(tmp_path, capsys):
