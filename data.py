@@ -105,7 +105,7 @@ class LogMel(nn.Module):
         return {name: getattr(self, name) for name in names}
 
     def frames(self, waveform: torch.Tensor) -> torch.Tensor:
-        """Raw log-mel: [B, samples], at least a window -> [B, round(samples / hop), F]."""
+        """Raw log-mel: [B, samples], at least a window -> [B, samples // hop, F]."""
         x = self.cut(waveform)  # [B, T, window]
         x = x - x.mean(dim=2, keepdim=True)
         # Pre-emphasis. The difference has one sample less: the first, where the window is 0 anyway.
@@ -117,11 +117,10 @@ class LogMel(nn.Module):
 
     def cut(self, waveform):
         """Frame t is centred on the middle of hop t; both ends of the waveform are mirrored."""
-        count = (waveform.shape[1] + self.hop // 2) // self.hop
         left = self.window_length // 2 - self.hop // 2
-        right = (count - 1) * self.hop + self.window_length - left - waveform.shape[1]
+        right = self.window_length - self.hop - left
         before = waveform[:, :left].flip(1)
-        after = waveform[:, waveform.shape[1] - right :].flip(1)
+        after = waveform[:, -right:].flip(1)
         padded = torch.cat([before, waveform, after], dim=1)
         return padded.unfold(1, self.window_length, self.hop)
 
@@ -191,8 +190,9 @@ class AudioFiles(Recordings):
 
     silence = 0.0
 
-    def __init__(self, root, entries: np.ndarray, sample_rate: int):
-        super().__init__(root, entries)  # the entries of find_recordings
+    def __init__(self, path, sample_rate: int):
+        root, entries = find_recordings(path)
+        super().__init__(root, entries)
         self.rate = sample_rate
 
     def open(self, i: int) -> soundfile.SoundFile:
@@ -404,8 +404,7 @@ class AudioClips(Clips):
         if os.path.isfile(os.path.join(path, "pack.json")):
             source = PackedFrames(path, sample_rate)
         else:
-            root = path if os.path.isdir(path) else os.path.dirname(path)
-            source = AudioFiles(root, find_recordings(path), sample_rate)
+            source = AudioFiles(path, sample_rate)
         super().__init__(source, clip_seconds, seed)
 
 
@@ -446,7 +445,7 @@ def clip_order(num_clips: int, seed: int, batch_size: int, steps: range, rows: l
             yield batch
 
 
-def clip_loader(clips: Clips, order, workers: int, pin_memory: bool = False) -> DataLoader:
+def clip_loader(clips: Clips, order, workers: int) -> DataLoader:
     """Read the micro-batches of `order` in worker processes -> a Reading of each: [B, samples], or
     [B, T, F] of packed frames."""
     return DataLoader(
@@ -455,7 +454,7 @@ def clip_loader(clips: Clips, order, workers: int, pin_memory: bool = False) -> 
         num_workers=workers,
         collate_fn=collate,
         worker_init_fn=leave_signals_to_the_main_process,
-        pin_memory=pin_memory,
+        pin_memory=torch.cuda.is_available(),
     )
 
 
@@ -505,8 +504,8 @@ WANTED = (
 )
 
 
-def find_recordings(path: str | os.PathLike) -> np.ndarray:
-    """All recordings of a folder, list, tar or file, sorted -> array of byte strings.
+def find_recordings(path: str | os.PathLike) -> tuple[bytes, np.ndarray]:
+    """All recordings of a folder, list, tar or file -> its folder, and a sorted array of entries.
 
     An entry is a path relative to the folder, or, for a member of a tar, its name, the shard, the
     offset and the size, joined by zero bytes. It is one flat array, as a list of two million
@@ -515,6 +514,8 @@ def find_recordings(path: str | os.PathLike) -> np.ndarray:
     path = os.fsencode(path)
     if not os.path.exists(path):
         raise ValueError(f"{printable(path)}: does not exist")
+    if os.path.exists(os.path.join(path, b"pack.json")):
+        raise ValueError(f"{printable(path)}: is packed; wanted are the recordings themselves")
     root = os.path.dirname(path)
     names = [os.path.basename(path)]
     is_list = path.lower().endswith((b".txt", b".csv", b".tsv"))
@@ -537,7 +538,7 @@ def find_recordings(path: str | os.PathLike) -> np.ndarray:
         warn(f"{printable(path)}: left out are {dict(left_out)}, which ffmpeg can convert")
     if not entries:
         raise ValueError(f"{printable(path)}: no audio found; {WANTED}")
-    return np.sort(np.array(entries))
+    return root, np.sort(np.array(entries))
 
 
 def walk(root):
@@ -554,7 +555,7 @@ def walk(root):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith(b"."))
         for name in names:
             if not name.startswith(b"."):
-                yield os.path.join(folder, name)[len(prefix) :]
+                yield os.path.join(folder, name).removeprefix(prefix)
 
 
 def read_list(path):
@@ -654,7 +655,7 @@ def decode(sound, start, count):
             decoded = len(sound.read(out=part))
         except RuntimeError:  # what was decoded before the damage is in `part`
             decoded = np.isfinite(part[:, 0]).sum()
-        parts.append(part[:decoded].mean(axis=1) if sound.channels > 1 else part[:decoded, 0])
+        parts.append(part[:decoded].mean(axis=1))
         missing -= decoded
         if decoded < wanted:
             break
@@ -758,7 +759,9 @@ def look_at(files, i):
     """A recording, decoded to its end -> (seconds, sample rate, channels, peak)."""
     with files.open(i) as sound:
         waveform = decode(sound, 0, sound.frames)
-        peak = np.abs(waveform).max(initial=0)
+        if len(waveform) == 0:
+            raise ValueError("nothing in it can be decoded")
+        peak = np.abs(waveform).max()
         return len(waveform) / sound.samplerate, sound.samplerate, sound.channels, peak
 
 
@@ -766,8 +769,6 @@ def scan(files):
     """Print what a set holds."""
     counts = Counter(recordings=len(files))
     for i, answer, reason in tqdm(in_workers(look_at, files)):
-        if reason is None and answer[0] == 0:
-            reason = "nothing in it can be decoded"
         if reason is not None:
             tqdm.write(f"{printable(files.name(i))}: {reason}")
             counts["unreadable"] += 1
@@ -828,9 +829,7 @@ def main():
     args = parser.parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know a name's letters
     try:
-        files = AudioClips(args.path, args.sample_rate).source
-        if isinstance(files, PackedFrames):
-            raise ValueError(f"{args.path}: is packed already")
+        files = AudioFiles(args.path, args.sample_rate)
         if args.command == "scan":
             scan(files)
         else:

@@ -34,7 +34,6 @@ from torch.utils.data import get_worker_info
 from tqdm import tqdm
 
 from data import UNREADABLE
-from data import AudioClips
 from data import AudioFiles
 from data import LogMel
 from data import printable
@@ -96,6 +95,10 @@ class AudioJEPAEncoder(nn.Module):
         if bands == "concat":
             self.output_dim = config.dim * tokens_of_row
 
+    @property
+    def device(self) -> torch.device:
+        return self.log_mel.window.device
+
     def rows(self, waveform: torch.Tensor) -> torch.Tensor:
         """Windows [B, window] -> their rows [B, R, output_dim]."""
         spectrogram = self.log_mel(waveform)
@@ -115,7 +118,7 @@ class AudioJEPAEncoder(nn.Module):
             shape = f"{waveform.dtype}, {list(waveform.shape)}"
             raise ValueError(f"a waveform of {shape}: it must be float and [B, T]")
         B, T = waveform.shape
-        waveform = waveform.to(self.log_mel.window.device, torch.float32)
+        waveform = waveform.to(self.device, torch.float32)
         windows = F.pad(waveform, (0, -T % self.window)).reshape(-1, self.window)
         rows = [self.rows(part) for part in windows.split(32)]  # 10 minutes must fit into memory
         rows = torch.cat(rows).view(B, -1, self.output_dim)
@@ -127,6 +130,13 @@ def load_encoder(
 ) -> AudioJEPAEncoder:
     """A frozen encoder, on the CPU: see AudioJEPAEncoder."""
     return AudioJEPAEncoder(path, bands, which).eval()
+
+
+def encoder_of(args, path):
+    """A frozen encoder, as the flags of the command line want it."""
+    encoder = load_encoder(path, args.bands, args.encoder).to(choose_device())
+    encoder.amp = args.amp
+    return encoder
 
 
 # ------------------------------------------------------------------------------------------------
@@ -151,8 +161,7 @@ class Windows(IterableDataset):
         for i in recordings:
             try:
                 for waveform in self.files.windows(i, self.window):
-                    filled = np.zeros(self.window, np.float32)
-                    filled[: len(waveform)] = waveform
+                    filled = np.pad(waveform, (0, self.window - len(waveform)))
                     yield i, filled, len(waveform), ""
             except UNREADABLE as error:
                 yield i, np.zeros(self.window, np.float32), 0, str(error)
@@ -162,21 +171,20 @@ class Windows(IterableDataset):
 class Embedding:
     """What the windows of a recording add up to."""
 
-    samples: int = 0  # that hold sound
     weight: float = 0.0  # of all rows: 1 for each, or the share of it that holds sound
     total: torch.Tensor | float = 0.0  # [K], their weighted sum
     squares: torch.Tensor | float = 0.0  # [K], the weighted sum of their squares
     rows: list[torch.Tensor] = field(default_factory=list)  # [R, K] of each window, if wanted
 
-    @property
-    def mean(self) -> torch.Tensor:
-        return self.total / self.weight
-
-    @property
-    def stats(self) -> torch.Tensor:
-        """[2 K], the mean of the rows and their std"""
-        variance = self.squares / self.weight - self.mean**2
-        return torch.cat([self.mean, variance.clamp(min=0).sqrt()])
+    def pooled(self, pool: str) -> torch.Tensor:
+        """clip: the mean of the rows [1, K]; stats: mean and std [1, 2 K]; time: the rows [R, K]"""
+        if pool == "time":
+            return torch.cat(self.rows)
+        mean = self.total / self.weight
+        if pool == "clip":
+            return mean.unsqueeze(0)
+        variance = self.squares / self.weight - mean**2
+        return torch.cat([mean, variance.clamp(min=0).sqrt()]).unsqueeze(0)
 
 
 @torch.no_grad()
@@ -186,25 +194,23 @@ def embed(encoder, rows_of, keep_rows, files, args) -> dict[int, Embedding]:
     `rows_of` makes rows [B, R, K] of windows [B, window]. ValueError at a recording that cannot be
     used, unless --skip-bad is given.
     """
-    device = encoder.log_mel.window.device
-    files = AudioFiles(files.root, files.entries, encoder.sampling_rate)
+    files.rate = encoder.sampling_rate  # in which checkpoints may differ
     loader = DataLoader(
         Windows(files, encoder.window),
         batch_size=args.batch_size,
         num_workers=args.workers,
-        pin_memory=device.type == "cuda",
+        pin_memory=encoder.device.type == "cuda",
     )
     found = defaultdict(Embedding)
-    bad = []
     for recordings, waveform, samples, reasons in tqdm(loader, unit=" batches", disable=None):
-        rows = rows_of(waveform.to(device)).cpu()  # [B, R, K]
+        rows = rows_of(waveform.to(encoder.device)).cpu()  # [B, R, K]
         for b, i in enumerate(recordings.tolist()):
             if reasons[b] != "":
                 line = printable(f"{files.name(i)}: {reasons[b]}")
                 if not args.skip_bad:
                     raise ValueError(f"{line} (--skip-bad leaves such out)")
                 tqdm.write(f"left out: {line}", file=sys.stderr)
-                bad.append(i)
+                found.pop(i, None)  # what its windows before the bad one have given
                 continue
             filled = samples[b].item() * rows.shape[1] / encoder.window  # rows of sound: 1.6
             with_sound = rows[b, : math.ceil(filled)]
@@ -212,14 +218,11 @@ def embed(encoder, rows_of, keep_rows, files, args) -> dict[int, Embedding]:
             # recording it would else be half of the mean, and nearly all silence.
             weight = (filled - torch.arange(len(with_sound))).clamp(max=1).unsqueeze(1)  # [R, 1]
             embedding = found[i]
-            embedding.samples += samples[b].item()
             embedding.weight += filled
-            embedding.total = embedding.total + (weight * with_sound).sum(0)
-            embedding.squares = embedding.squares + (weight * with_sound.square()).sum(0)
+            embedding.total += (weight * with_sound).sum(0)
+            embedding.squares += (weight * with_sound.square()).sum(0)
             if keep_rows:
                 embedding.rows.append(with_sound.clone())
-    for i in bad:
-        found.pop(i, None)  # what its windows before the bad one have given
     if not found:
         raise ValueError(f"{args.data}: none of {len(files)} recordings can be used")
     return dict(sorted(found.items()))
@@ -228,29 +231,23 @@ def embed(encoder, rows_of, keep_rows, files, args) -> dict[int, Embedding]:
 def save_embeddings(args, encoder, files):
     """--out: all embeddings in one .npz, which is renamed when it is whole."""
     found = embed(encoder, encoder.rows, args.pool == "time", files, args)
-    blocks = []  # [rows, K] of each recording
-    for embedding in found.values():
-        if args.pool == "time":
-            blocks.append(torch.cat(embedding.rows))
-        elif args.pool == "stats":
-            blocks.append(embedding.stats.unsqueeze(0))
-        else:
-            blocks.append(embedding.mean.unsqueeze(0))
+    blocks = [embedding.pooled(args.pool) for embedding in found.values()]  # [rows, K] of each
     config = {
         "model": vars(encoder.network.config),
         "log_mel": encoder.log_mel.config,
         "bands": args.bands,
         "pool": args.pool,
         "encoder": args.encoder,
-        "amp": choose_amp(args.amp, encoder.log_mel.window.device.type),
+        "amp": choose_amp(args.amp, encoder.device.type),
     }
+    seconds_per_row = encoder.hop_size_in_ms / 1000
     with whole_file(args.out) as file:
         np.savez(
             file,
             embeddings=torch.cat(blocks).numpy(),
             offsets=np.cumsum([0] + [len(block) for block in blocks]),
             paths=[files.name(i) for i in found],
-            seconds=[embedding.samples / encoder.sampling_rate for embedding in found.values()],
+            seconds=[embedding.weight * seconds_per_row for embedding in found.values()],
             sample_rate=encoder.sampling_rate,
             hop_ms=encoder.hop_size_in_ms,
             step=encoder.step,
@@ -321,7 +318,7 @@ def train_probe(rows, attentive, labels, classes, train, valid, test):
     is the epoch that is best on `valid`, or the last one if there is no `valid`.
     """
     torch.manual_seed(0)
-    device = choose_device(launched_processes())
+    device = choose_device()
     probe = Probe(rows[0].shape[1], classes, attentive).to(device)
     optimizer = torch.optim.Adam(probe.parameters())
 
@@ -364,19 +361,18 @@ def deal(labels, folds):
     return fold
 
 
-SPLITS = {
-    "train": ("train", "training"),
-    "valid": ("valid", "val", "validation", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
+SPLIT_OF = {  # by the name of a folder
+    "train": "train",
+    "training": "train",
+    "valid": "valid",
+    "val": "valid",
+    "validation": "valid",
+    "dev": "valid",
+    "test": "test",
+    "testing": "test",
+    "eval": "test",
+    "evaluation": "test",
 }
-
-
-def split_of(folder):
-    """train, valid or test, if a folder is named so, else None."""
-    for split, names in SPLITS.items():
-        if folder in names:
-            return split
-    return None
 
 
 def read_task(args, names):
@@ -389,7 +385,7 @@ def read_task(args, names):
     )
     folders = [name.split("/")[:-1] for name in names]
     tops = [folder[0].lower().removesuffix(".tar") if folder else "" for folder in folders]
-    splits = [split_of(top) for top in tops]
+    splits = [SPLIT_OF.get(top) for top in tops]
     has_folds = all(top.startswith("fold") for top in tops)
     has_splits = {"train", "test"} <= set(splits)
     if has_splits and None in splits:  # other folders beside train and test
@@ -432,7 +428,7 @@ class View:
     name: str
     encoder: AudioJEPAEncoder
     rows_of: Callable[[torch.Tensor], torch.Tensor]  # [B, window] -> [B, R, K]
-    with_std: bool  # pool to the mean row of a clip and its std, not to the mean alone
+    pool: str  # "clip" or "stats"
 
 
 def views(args, encoder):
@@ -440,21 +436,20 @@ def views(args, encoder):
     the encoder of each checkpoint."""
     untrained = copy.deepcopy(encoder)
     torch.manual_seed(0)
-    network = VisionTransformer(encoder.network.config)
-    untrained.network = network.to(encoder.log_mel.window.device)
+    untrained.network = VisionTransformer(encoder.network.config).to(encoder.device)
 
     def log_mel_rows(waveform):
         return encoder.log_mel(waveform).squeeze(1)  # [B, T, F]
 
-    yield View("log-mel", encoder, log_mel_rows, with_std=True)
-    with_std = args.pool == "stats"
-    pooling = f"{args.bands}, mean and std" if with_std else args.bands
-    yield View(f"untrained, {pooling}", untrained, untrained.rows, with_std)
+    yield View("log-mel", encoder, log_mel_rows, "stats")
+    pooling = args.bands
+    if args.pool == "stats":
+        pooling += ", mean and std"
+    yield View(f"untrained, {pooling}", untrained, untrained.rows, args.pool)
     for path in args.checkpoints:
-        trained = load_encoder(path, args.bands, args.encoder).to(encoder.log_mel.window.device)
-        trained.amp = args.amp
+        trained = encoder_of(args, path)
         name = f"{printable(path)}, {pooling}"
-        yield View(name, trained, trained.rows, with_std)
+        yield View(name, trained, trained.rows, args.pool)
 
 
 def run_probes(args, encoder, files):
@@ -464,13 +459,11 @@ def run_probes(args, encoder, files):
     for view in views(args, encoder):
         found = embed(view.encoder, view.rows_of, "attentive" in args.probe, files, args)
         labels, splits = read_task(args, [files.name(i) for i in found])
-        pooled = []  # [K] or [2 K] of each clip
+        pooled = torch.cat([embedding.pooled(view.pool) for embedding in found.values()])
         rows = []  # [R, K] of each clip, if a probe wants them
-        for embedding in found.values():
-            pooled.append(embedding.stats if view.with_std else embedding.mean)
-            if embedding.rows:
-                rows.append(torch.cat(embedding.rows))
-        table[view.name] = accuracies(args.probe, torch.stack(pooled), rows, labels, splits)
+        if "attentive" in args.probe:
+            rows = [embedding.pooled("time") for embedding in found.values()]
+        table[view.name] = accuracies(args.probe, pooled, rows, labels, splits)
 
     train, valid, test = splits[0]  # the same for all views, as all have read the same recordings
     about = {
@@ -534,7 +527,10 @@ def parse_args(argv):
         help="last.pt or step-*.pt of train.py, or the authors' file; --probe compares several",
     )
     add("data", help="as --data of train.py, but not packed; for --probe, folders by label")
-    add("--out", metavar="FILE.npz", help="write embeddings")
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--out", metavar="FILE.npz", help="write embeddings")
+    probes = ["knn", "xares-knn", "linear", "attentive"]
+    task.add_argument("--probe", nargs="+", choices=probes, help="measure")
     add(
         "--bands",
         choices=["concat", "mean"],
@@ -548,16 +544,13 @@ def parse_args(argv):
         help="the mean over a recording; mean and std; or a row each 625 ms",
     )
     add("--encoder", choices=["target", "context"], default="target", help="which of the two")
-    add("--probe", nargs="+", choices=["knn", "xares-knn", "linear", "attentive"], help="measure")
     add("--folds", type=int, help="cross-validate on LABEL/*; without it, a fifth is the test")
     add("--json", metavar="FILE", help="write the accuracies as well")
     add("--skip-bad", action="store_true", help="leave out recordings that cannot be used")
     add("--batch-size", type=int, default=32, help="windows that pass the encoder at once")
     add("--workers", type=int, default=default_workers(), help="that read, for each process")
-    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="mixed precision")
+    add("--amp", choices=["auto", *PRECISIONS], default="auto", help="mixed precision")
     args = parser.parse_args(argv)
-    if bool(args.out) == bool(args.probe):
-        parser.error("name one thing to do: --out FILE.npz or --probe")
     if args.folds is not None and args.folds < 2:
         parser.error(f"--folds {args.folds}: at least 2 are needed")
     if args.out and len(args.checkpoints) > 1:
@@ -578,13 +571,9 @@ def parse_args(argv):
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    device = choose_device(launched_processes())
     try:
-        encoder = load_encoder(args.checkpoints[0], args.bands, args.encoder).to(device)
-        encoder.amp = args.amp
-        files = AudioClips(args.data, encoder.sampling_rate).source
-        if not isinstance(files, AudioFiles):
-            raise ValueError(f"{args.data}: is packed; embeddings are made of audio")
+        encoder = encoder_of(args, args.checkpoints[0])
+        files = AudioFiles(args.data, encoder.sampling_rate)
         if args.probe:
             run_probes(args, encoder, files)
         else:

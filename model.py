@@ -341,11 +341,6 @@ def l2_loss(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return (predictions - targets).square().sum(-1).mean()
 
 
-def smooth_l1_loss(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Squared near 0 and linear from a distance of 1 on, averaged over tokens and width."""
-    return F.smooth_l1_loss(predictions, targets)
-
-
 def cosine_loss(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """2 - 2 cos, averaged over the tokens: what the authors' released code minimises."""
     return (2 - 2 * F.cosine_similarity(predictions, targets, dim=-1)).mean()
@@ -367,7 +362,7 @@ def variance_covariance(tokens: torch.Tensor) -> torch.Tensor:
     return 25 * too_small + correlated
 
 
-LOSSES = {"l2": l2_loss, "smooth_l1": smooth_l1_loss, "cosine": cosine_loss}
+LOSSES = {"l2": l2_loss, "smooth_l1": F.smooth_l1_loss, "cosine": cosine_loss}
 
 
 def normalise_targets(targets: torch.Tensor, within: str = "token") -> torch.Tensor:

@@ -26,6 +26,7 @@ import math
 import os
 import resource
 import signal
+import statistics
 import sys
 import threading
 import time
@@ -34,7 +35,6 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -216,7 +216,7 @@ def train(args: argparse.Namespace, stop: "StopSignals") -> None:
     processes = launched_processes()
     is_first = processes.rank == 0
     try:
-        device = choose_device(processes)
+        device = choose_device()
         config = config_of(args)
         log_mel = LogMel(args.sample_rate, args.clip_seconds, config.time_bins, config.mel_bins)
         log_mel.to(device)
@@ -283,12 +283,11 @@ def train(args: argparse.Namespace, stop: "StopSignals") -> None:
         return
 
     # Resume, or begin
+    progress = Progress()
     if checkpoint is not None:
         progress = resume(run, checkpoint, settings)
-    else:
-        progress = Progress()
-        if first_weights is not None:
-            start_from(run, first_weights)
+    elif first_weights is not None:
+        start_from(run, first_weights)
     if is_first:
         print(describe(run, clips, processes, progress))
         cut_log(out / "log.csv", progress.step)
@@ -296,11 +295,10 @@ def train(args: argparse.Namespace, stop: "StopSignals") -> None:
     # Loop
     steps = range(progress.step, args.steps)
     order = clip_order(len(clips), args.seed, args.batch_size, steps, rows)
-    batches = iter(clip_loader(clips, order, args.workers, pin_memory=device.type == "cuda"))
+    batches = iter(clip_loader(clips, order, args.workers))
     show_bar = is_first and sys.stderr.isatty()
     saved = time.monotonic()
-    bar = tqdm(steps, initial=progress.step, total=args.steps, disable=not show_bar)
-    for step in bar:
+    for step in tqdm(steps, initial=progress.step, total=args.steps, disable=not show_bar):
         began = time.perf_counter()
         micro_batches = [next(batches) for _ in range(args.accum)]
         waited = time.perf_counter() - began
@@ -367,19 +365,19 @@ def monitors(targets: torch.Tensor) -> dict[str, float]:
     """
     token_std = mean_over_processes(targets.std(1, correction=0).mean()).item()
     pooled = gather_from_processes(targets.mean(1)).cpu().double()
-    if not pooled.isfinite().all():  # the step was skipped, and svdvals takes no NaN
-        names = ("token_std", "target_std", "effective_rank", "mean_cosine")
-        return dict.fromkeys(names, math.nan)
     clips = len(pooled)
-    singular = torch.linalg.svdvals(pooled - pooled.mean(0))
-    singular = singular[singular > 1e-6 * pooled.norm()]  # the rest is rounding
-    entropy = torch.special.entr(singular / singular.sum()).sum().item()
+    effective_rank = math.nan
+    if pooled.isfinite().all():  # else the step was skipped, and svdvals takes no NaN
+        singular = torch.linalg.svdvals(pooled - pooled.mean(0))
+        singular = singular[singular > 1e-6 * pooled.norm()]  # the rest is rounding
+        entropy = torch.special.entr(singular / singular.sum()).sum().item()
+        effective_rank = math.exp(entropy)
     units = F.normalize(pooled)
     pairs = (units @ units.T).sum().item() - clips  # the diagonal is 1: each clip and itself
     return {
         "token_std": token_std,
         "target_std": pooled.std(0, correction=0).mean().item(),
-        "effective_rank": math.exp(entropy),
+        "effective_rank": effective_rank,
         "mean_cosine": pairs / max(clips * (clips - 1), 1),
     }
 
@@ -433,10 +431,9 @@ def log_row(run, progress, result, loss, num_clips):
 def write_row(path, row):
     cells = {name: f"{value:.7g}" for name, value in row.items()}
     tqdm.write("  ".join(f"{name} {cell}" for name, cell in cells.items()))
-    is_new = not path.exists()
     with open(path, "a", newline="") as file:
         writer = csv.DictWriter(file, cells.keys(), lineterminator="\n")
-        if is_new:
+        if file.tell() == 0:
             writer.writeheader()
         writer.writerow(cells)
 
@@ -734,8 +731,9 @@ def describe(run, clips, processes, progress):
 # ---- Device and precision
 
 
-def choose_device(processes) -> torch.device:
+def choose_device() -> torch.device:
     """A GPU for each process of a machine, else MPS, else the CPU."""
+    processes = launched_processes()
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()
         if processes.local_count > gpus:
@@ -808,8 +806,8 @@ def launched_processes() -> Processes:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
     if not all(os.environ.get(name) for name in names):
         return Processes()
-    rank, count, local_rank, local_count = (int(os.environ[name]) for name in names[:4])
-    return Processes(rank, count, local_rank, local_count)
+    numbers = [int(os.environ[name]) for name in names[:4]]
+    return Processes(*numbers)
 
 
 def start_processes(processes, device):
@@ -904,7 +902,7 @@ def benchmark(run, clips, processes):
     args = run.args
     steps = iter(range(10**6))
     order = clip_order(len(clips), args.seed, args.batch_size, range(10**6), run.rows)
-    batches = iter(clip_loader(clips, order, args.workers, pin_memory=run.device.type == "cuda"))
+    batches = iter(clip_loader(clips, order, args.workers))
 
     def read():
         return [next(batches).audio.to(run.device) for _ in range(args.accum)]
@@ -916,7 +914,7 @@ def benchmark(run, clips, processes):
                 torch.accelerator.synchronize()
 
         times = timeit.repeat(work_to_its_end, number=repeat, repeat=8)
-        return float(np.median(times[3:])) / repeat  # the first three warm up
+        return statistics.median(times[3:]) / repeat  # the first three warm up
 
     waveforms = read()
     frames = [run.log_mel(part).squeeze(1) for part in waveforms]  # a step only normalises these
@@ -1054,7 +1052,7 @@ def parse_args(argv):
     )
     add("--sample-rate", type=int, default=32000, help="Hz, a multiple of 128")
     add("--clip-seconds", type=float, default=10.0, help="a multiple of a patch, 0.625")
-    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="mixed precision")
+    add("--amp", choices=["auto", *PRECISIONS], default="auto", help="mixed precision")
     add("--compile", action="store_true", help="torch.compile the three networks")
     add("--workers", type=int, default=default_workers(), help="that read clips, for each process")
     add("--seed", type=int, default=0, help="of everything that is drawn")
