@@ -132,6 +132,12 @@ def run_python(*command, code=0, cwd=HERE, env=None, preexec_fn=None):
     return done
 
 
+def children(process):
+    """The processes that this one has started, by number."""
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    return [int(number) for number in found.stdout.split()]
+
+
 def start(*command):
     """Start a program that the test will interrupt."""
     return subprocess.Popen(
@@ -1195,8 +1201,7 @@ def test_torchrun_restarts_a_run_whose_process_was_killed(tmp_path):
     flags = [*TINY, "--save-every", 5, "--out", tmp_path]
     with start(*TORCHRUN, *restarts, "train.py", *flags) as launcher:
         wait_for_step(tmp_path, 7)
-        found = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True)
-        os.kill(int(found.stdout.split()[-1]), signal.SIGKILL)
+        os.kill(children(launcher)[-1], signal.SIGKILL)
         assert launcher.wait(180) == 0
     checkpoint, log = read_run(tmp_path)
     assert checkpoint["step"] == 20
@@ -1208,9 +1213,8 @@ def test_a_signal_to_all_processes_ends_a_run_within_the_step(tmp_path, number):
     flags = [*TINY, "--steps", 100000, "--workers", 2, "--out", tmp_path]
     with start("train.py", *flags) as process:
         wait_for_step(tmp_path, 3)
-        workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
-        for pid in [*workers.stdout.split(), process.pid]:  # as Slurm and Ctrl-C do
-            os.kill(int(pid), number)
+        for pid in [*children(process), process.pid]:  # as Slurm and Ctrl-C do
+            os.kill(pid, number)
         printed, _ = process.communicate(timeout=30)
     assert process.returncode == 0
     assert "of 100000 steps done" in printed
@@ -1226,9 +1230,11 @@ def test_a_second_signal_ends_a_run_that_hangs(tmp_path):
         process.send_signal(signal.SIGTERM)
         time.sleep(5.5)
         assert process.poll() is None
+        (worker,) = children(process)
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 128 + signal.SIGTERM
-    os.close(os.open(folder / "hangs.wav", os.O_WRONLY | os.O_NONBLOCK))  # lets its worker go
+    time.sleep(1)
+    assert not os.path.exists(f"/proc/{worker}/exe")  # which a zombie does not have any more
 
 
 def test_a_run_without_shared_memory_ends_and_says_what_helps(tmp_path):

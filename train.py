@@ -23,6 +23,7 @@ import csv
 import dataclasses
 import functools
 import math
+import multiprocessing
 import os
 import resource
 import signal
@@ -886,6 +887,8 @@ class StopSignals:
     def handle(self, number, frame):
         now = time.monotonic()
         if now > self.requested_at + 5:
+            for worker in multiprocessing.active_children():
+                worker.kill()  # it may hang in a read
             os._exit(128 + number)
         self.requested_at = min(self.requested_at, now)
 
