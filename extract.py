@@ -171,6 +171,7 @@ class Windows(IterableDataset):
 class Embedding:
     """What the windows of a recording add up to."""
 
+    samples: int = 0  # that hold sound
     weight: float = 0.0  # of all rows: 1 for each, or the share of it that holds sound
     total: torch.Tensor | float = 0.0  # [K], their weighted sum
     squares: torch.Tensor | float = 0.0  # [K], the weighted sum of their squares
@@ -194,6 +195,7 @@ def embed(encoder, rows_of, keep_rows, files, args) -> dict[int, Embedding]:
     `rows_of` makes rows [B, R, K] of windows [B, window]. ValueError at a recording that cannot be
     used, unless --skip-bad is given.
     """
+    files = copy.copy(files)
     files.rate = encoder.sampling_rate  # in which checkpoints may differ
     loader = DataLoader(
         Windows(files, encoder.window),
@@ -218,6 +220,7 @@ def embed(encoder, rows_of, keep_rows, files, args) -> dict[int, Embedding]:
             # recording it would else be half of the mean, and nearly all silence.
             weight = (filled - torch.arange(len(with_sound))).clamp(max=1).unsqueeze(1)  # [R, 1]
             embedding = found[i]
+            embedding.samples += samples[b].item()
             embedding.weight += filled
             embedding.total += (weight * with_sound).sum(0)
             embedding.squares += (weight * with_sound.square()).sum(0)
@@ -240,14 +243,13 @@ def save_embeddings(args, encoder, files):
         "encoder": args.encoder,
         "amp": choose_amp(args.amp, encoder.device.type),
     }
-    seconds_per_row = encoder.hop_size_in_ms / 1000
     with whole_file(args.out) as file:
         np.savez(
             file,
             embeddings=torch.cat(blocks).numpy(),
             offsets=np.cumsum([0] + [len(block) for block in blocks]),
             paths=[files.name(i) for i in found],
-            seconds=[embedding.weight * seconds_per_row for embedding in found.values()],
+            seconds=[embedding.samples / encoder.sampling_rate for embedding in found.values()],
             sample_rate=encoder.sampling_rate,
             hop_ms=encoder.hop_size_in_ms,
             step=encoder.step,
@@ -562,7 +564,7 @@ def parse_args(argv):
     for path in (args.out, args.json):
         if path is None:
             continue
-        if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
+        if path == "" or os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
             parser.error(f"{path}: wanted is a file in a folder that exists")
     if launched_processes().count > 1:
         parser.error("extract.py runs in one process")

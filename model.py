@@ -156,7 +156,7 @@ def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
 class Attention(nn.Module):
     """Multi-head self-attention: [B, L, D] -> [B, L, D].
 
-    rotation [B, L, D / H], for rotary positions alone: see `rotate`.
+    rotation [B, L, D / H] or [L, D / H], for rotary positions alone: see `rotate`.
     """
 
     def __init__(self, dim: int, heads: int):
@@ -235,7 +235,7 @@ def run_blocks(network: nn.Module, tokens: torch.Tensor, positions: torch.Tensor
     sin-cos code (K = D) is added to the tokens, once. A rotary one (K = D / H) turns the queries
     and keys of every block.
     """
-    x = tokens.to(positions.dtype)  # fp32: autocast may lower the products, not the stream itself
+    x = tokens.to(positions.dtype)  # autocast may lower the products, but not the stream itself
     rotation = None
     if network.config.positions == "rotary":
         rotation = positions
@@ -416,8 +416,7 @@ class JEPA(nn.Module):
         loss = self.loss_function(predictions.float(), wanted)
         if self.anti_collapse > 0:
             # The gradient of the term counts, and its value does not, as the difference is 0. So
-            # the log shows eq. (2) alone, and `explained` can compare it with a loss of the same
-            # kind.
+            # the log shows eq. (2) alone, and `explained` of train.py compares like with like.
             term = self.anti_collapse * variance_covariance(context)
             loss = loss + (term - term.detach())
         return loss

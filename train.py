@@ -227,7 +227,7 @@ def train(args: argparse.Namespace, stop: "StopSignals") -> None:
         checkpoint = None if args.benchmark else find_checkpoint(out)
         first_weights = None
         if args.init is not None and checkpoint is None:
-            first_weights = load_networks(args.init)
+            first_weights = load_first_weights(args.init, config)
         clips = open_clips(args)
         if checkpoint is None and not args.benchmark:
             if is_first:
@@ -354,8 +354,9 @@ def train(args: argparse.Namespace, stop: "StopSignals") -> None:
 
 @torch.no_grad()
 def monitors(targets: torch.Tensor) -> dict[str, float]:
-    """Do the targets [B, N, D] of all processes collapse? Then the first three of these numbers
-    fall, and the last rises to 1. What is normal depends on the data: compare with step 1.
+    """Do the targets [B, N, D] of all processes collapse? Then some of the first three of these
+    numbers fall, and mostly the last rises towards 1. What is normal depends on the data and on the
+    batch size: compare with step 1.
 
     token_std: std over the tokens of a clip, mean over clips and features; 0 if the tokens of a
     clip are alike. The others look at the pooled targets, the mean token of each clip:
@@ -650,14 +651,20 @@ def resume(run, checkpoint, settings):
     return Progress(**checkpoint["progress"])
 
 
-def start_from(run, first_weights):
-    """--init: begin with the networks of a checkpoint, of which there may be fewer than three."""
+def load_first_weights(path, config):
+    """--init: a checkpoint to begin with. ValueError if its networks work in another way."""
+    first_weights = load_networks(path)
     theirs = JEPAConfig(**first_weights["config"]["model"])
-    ours = run.model.config
     for name in ("positions", "patch"):  # of which the shapes of weights do not tell
         before = getattr(theirs, name)
-        if before != getattr(ours, name):
-            fail(f"--init {run.args.init} has {before}, not --{name} {getattr(ours, name)}")
+        value = getattr(config, name)
+        if before != value:
+            raise ValueError(f"--init {path} has {name} {before}, and this run {value}")
+    return first_weights
+
+
+def start_from(run, first_weights):
+    """--init: begin with the networks of a checkpoint, of which there may be fewer than three."""
     for name in ("context_encoder", "target_encoder", "predictor"):
         if name in first_weights:
             network = parts_of(run)[name]
@@ -887,6 +894,9 @@ class StopSignals:
     def handle(self, number, frame):
         now = time.monotonic()
         if now > self.requested_at + 5:
+            signal.signal(
+                signal.SIGCHLD, signal.SIG_IGN
+            )  # the loader would raise at the first death
             for worker in multiprocessing.active_children():
                 worker.kill()  # it may hang in a read
             os._exit(128 + number)
@@ -1055,7 +1065,7 @@ def parse_args(argv):
     )
     add("--sample-rate", type=int, default=32000, help="Hz, a multiple of 128")
     add("--clip-seconds", type=float, default=10.0, help="a multiple of a patch, 0.625")
-    add("--amp", choices=["auto", *PRECISIONS], default="auto", help="mixed precision")
+    add("--amp", choices=["auto", *PRECISIONS], default="auto", help="mixed precision; off: fp32")
     add("--compile", action="store_true", help="torch.compile the three networks")
     add("--workers", type=int, default=default_workers(), help="that read clips, for each process")
     add("--seed", type=int, default=0, help="of everything that is drawn")
