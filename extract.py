@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Everything with a frozen encoder (sec. III.C): embeddings, probes, X-ARES, the authors' weights.
+"""Everything with a frozen encoder (sec. III.C): embeddings, probes, X-ARES.
 
     python extract.py CHECKPOINT DATA --out emb.npz          embeddings, one row a recording
     python extract.py CHECKPOINT DATA --probe knn linear     accuracies on train|test/LABEL/*
