@@ -265,7 +265,8 @@ class VisionTransformer(nn.Module):
         init_weights(self)
         # 256 numbers of variance 1 times weights of std 0.02 give a patch an rms of 0.3, and the
         # sin-cos code that is added to it has 0.7: at first an encoder hears more of the place than
-        # of the sound. A scale of 3.3 turns that round.
+        # of the sound. A scale of 3.3 reverses that. (Rotary positions add nothing to a patch. With
+        # them no benefit of the scale was measured.)
         self.patch_embed.weight.data *= config.patch_scale
 
     def patchify(self, spectrogram):
