@@ -338,7 +338,7 @@ class Clips(Dataset):
     clips[i] is clip i of the epoch chosen by `set_epoch`, a pure function of (seed, epoch, i).
     A longer recording gives a random window. A shorter one is filled up with other recordings, end
     to end: were it filled with silence, most targets would be the same silence, and predicting
-    them would teach nothing. Only a rest shorter than 625 ms stays silent.
+    them would teach nothing. Only a rest shorter than 625 ms, or than half a clip, stays silent.
     RuntimeError: ten recordings in a row cannot be used.
     """
 
@@ -347,7 +347,7 @@ class Clips(Dataset):
         self.seed = seed
         self.epoch = 0
         self.length = round(clip_seconds * source.rate)
-        self.shortest = min(round(PATCH_SECONDS * source.rate), self.length // 2)
+        self.shortest_fill = min(round(PATCH_SECONDS * source.rate), self.length // 2)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -373,7 +373,7 @@ class Clips(Dataset):
         bad = []
         reads = 0
         missing = self.length
-        while missing >= self.shortest and reads < 1000:  # a set of clicks would take for ever
+        while missing >= self.shortest_fill and reads < 1000:  # a set of clicks would take for ever
             reads += 1
             try:
                 window = self.source.window(i, missing, rng)
@@ -659,7 +659,7 @@ def decode(sound, start, count):
             decoded = np.isfinite(part[:, 0]).sum()
         mono = part[:decoded, 0]
         if sound.channels > 1:
-            mono = part[:decoded].mean(axis=1)  # for one channel it would take a fifth of the time
+            mono = part[:decoded].mean(axis=1)  # of one channel this would slow decoding by a fifth
         parts.append(mono)
         missing -= decoded
         if decoded < wanted:

@@ -851,7 +851,7 @@ def from_first_process(value):
 
 
 def sum_over_processes(tensor):
-    """In place."""
+    """The sum in all processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
@@ -894,11 +894,11 @@ class StopSignals:
     def handle(self, number, frame):
         now = time.monotonic()
         if now > self.requested_at + 5:
-            signal.signal(
-                signal.SIGCHLD, signal.SIG_IGN
-            )  # the loader would raise at the first death
+            # A worker may hang in a read, so that only a kill ends it. The loader would raise an
+            # error as the first one dies, and the others would stay.
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)
             for worker in multiprocessing.active_children():
-                worker.kill()  # it may hang in a read
+                worker.kill()
             os._exit(128 + number)
         self.requested_at = min(self.requested_at, now)
 
