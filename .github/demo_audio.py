@@ -1,12 +1,21 @@
 # SPDX-License-Identifier: MIT
 """Real sound for a first try, out of Debian packages (on Debian or Ubuntu; nothing is installed):
 
-    python .github/demo_audio.py demo        0.9 GB to download, 2.3 GB on disk
+    python .github/demo_audio.py demo            14.5 h to train on, and the tasks
+    python .github/demo_audio.py demo --more     38 h to train on
 
-demo/pretrain   14.5 h of speech in 40 languages, music and effects, without labels
-demo/language   which of 20 languages is a spoken letter in?
-demo/drums      which of 6 drums is it?  Drum kits of the test are not in train.
-demo/voices     which of 15 game characters speaks?  Phrases of the test are not in train.
+demo/pretrain   speech in 40 languages, music and effects, without labels
+demo/more       the same and 24 h of other packages (with --more)
+
+Six labelled tasks, in folds: each is tested once, while the others are the training side. No task
+shares a package with the sound to train on.
+
+demo/voices     which of 15 game characters speaks?     A fold has phrases of its own.
+demo/tones      which of the 4 tones of Mandarin?       A fold is a speaker.
+demo/finals     which final has a Mandarin syllable?    A fold is a speaker.
+demo/drums      which of 6 drums is it?                 A fold has drum kits of its own.
+demo/effects    explosion, step, jump, coin, ...?       A fold has games of its own.
+demo/music      which of 9 soundtracks?                 A fold has pieces of its own.
 """
 
 import random
@@ -14,12 +23,25 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 import zlib
 from pathlib import Path
+
+import soundfile
 
 PRETRAIN = (
     "tuxpaint-stamps-default fillets-ng-data fillets-ng-data-cs fillets-ng-data-nl "
     "wesnoth-1.16-music wesnoth-1.16-data warzone2100-music colobot-common-sounds sonic-pi-samples"
+)
+MORE = (
+    "asc-music asterisk-core-sounds-en-wav asterisk-core-sounds-es-wav "
+    "asterisk-core-sounds-fr-wav asterisk-core-sounds-it-wav asterisk-core-sounds-ru-wav "
+    "asterisk-moh-opsound-wav asterisk-prompt-it-menardi-wav berusky2-data festvox-ru flare-game "
+    "freecol freedink-data freedroidrpg-data freeorion-data frozen-bubble-data gigalomania-data "
+    "kajongg krank ktuberling-data lincity-ng-data lomiri-sounds marsshooter-data megaglest-data "
+    "naev-data nexuiz-music planetblupi-common planetblupi-music-ogg plee-the-bear-data "
+    "qabcs-data scratch starfighter-data supertux-data supertuxkart-data torcs-data triplea "
+    "ufoai-music unknown-horizons widelands-data"
 )
 DRUMS = {  # how the kits name them
     "snare": r"snare|^sn",
@@ -29,8 +51,28 @@ DRUMS = {  # how the kits name them
     "tom": r"tom",
     "cymbal": r"crash|ride|cymb|splash|china",
 }
-SOUNDS = (".wav", ".ogg", ".opus", ".flac")
-TEST_KITS = ("ForzeeStereo", "HardElectro1", "Millo_MultiLayered3", "Millo-Drums_v.1", "VariBreaks")
+EFFECTS = {  # how games name them
+    "coin": r"coin|pick.?up|bonus|power.?up|collect|treasure",
+    "engine": r"engine|motor|thrust|jet",
+    "explosion": r"explo|boom|blast|grenade",
+    "jump": r"jump|bounce|boing",
+    "menu": r"click|button|menu|select|beep",
+    "pain": r"pain|hurt|die|death|dead|scream|ouch|ugh",
+    "shot": r"laser|shot|shoot|gun|rifle|cannon",
+    "step": r"step|walk|foot",
+    "water": r"water|splash|swim|rain|bubble|drip",
+}
+GAMES = (  # dealt out to the folds in this order, so that no fold has most of the steps
+    "ardentryst minetest-data redeclipse-data lugaru-data boswars-data btanks-data bzflag-data "
+    "caveexpress-data chromium-bsu-data cube2-data endless-sky-data enigma-data mazeofgalious-data "
+    "meritous-data netpanzer-data neverball-common overgod-data pekka-kana-2-data powermanga-data "
+    "scorched3d-data searchandrescue-data titanion-data trackballs-data warmux-data wordwarvi-sound"
+)
+SOUNDTRACKS = (
+    "davegnukem-data drascula-music extremetuxracer-data fretsonfire-songs-muldjord "
+    "fretsonfire-songs-sectoid hyperrogue-music pushover-data singularity-music wizznic-data"
+)
+SOUNDS = (".wav", ".ogg", ".opus", ".flac", ".mp3", ".aiff")
 
 
 def sounds_of(package, out):
@@ -41,8 +83,26 @@ def sounds_of(package, out):
         folder.mkdir(parents=True)
         subprocess.run(["apt-get", "download", "-qq", package], cwd=folder, check=True)
         subprocess.run("dpkg-deb -x *.deb . && rm *.deb", shell=True, cwd=folder, check=True)
-    paths = [path for path in folder.rglob("*") if path.suffix in SOUNDS]
-    return sorted(path for path in paths if not path.is_symlink())
+        for archive in folder.rglob("*.pk3"):
+            zipfile.ZipFile(archive).extractall(archive.parent)
+            archive.unlink()
+        for path in folder.rglob("*"):
+            if path.is_symlink() or (path.is_file() and path.suffix not in SOUNDS):
+                path.unlink()
+    return sorted(path for path in folder.rglob("*") if path.suffix in SOUNDS)
+
+
+def seconds(path):
+    """The length of a sound; 0 if it cannot be read."""
+    try:
+        return soundfile.info(path).duration
+    except soundfile.LibsndfileError:
+        return 0.0
+
+
+def fold_of(name, folds):
+    """The same name is always in the same fold."""
+    return f"fold{1 + zlib.crc32(name.encode()) % folds}"
 
 
 def put(path, folder, name):
@@ -50,31 +110,86 @@ def put(path, folder, name):
     shutil.copy(path, folder / name)
 
 
-def main(out):
-    for package in PRETRAIN.split():
+def match(path, patterns):
+    """The first class whose pattern is in the name of a file, or None."""
+    for name, pattern in patterns.items():
+        if re.search(pattern, path.stem.lower()):
+            return name
+    return None
+
+
+def pretrain(packages, folder, out):
+    for package in packages.split():
         for n, path in enumerate(sounds_of(package, out)):
-            put(path, out / "pretrain" / package, f"{n:05d}{path.suffix}")
+            put(path, folder / package, f"{n:05d}{path.suffix}")
 
-    rng = random.Random(0)
-    for n, path in enumerate(sounds_of("klettres-data", out)):
-        language = re.search(r"klettres/(\w+)/", str(path))[1]
-        split = "train" if rng.random() < 0.7 else "test"
-        put(path, out / "language" / split / language, f"{n:05d}{path.suffix}")
 
-    for n, path in enumerate(sounds_of("hydrogen-drumkits", out)):
-        drums = [drum for drum, pattern in DRUMS.items() if re.search(pattern, path.stem.lower())]
-        if drums:
-            split = "test" if path.parent.name in TEST_KITS else "train"
-            put(path, out / "drums" / split / drums[0], f"{n:05d}{path.suffix}")
-
+def voices(out):
     for n, path in enumerate(sounds_of("hedgewars-data", out)):
         if "voices" in path.parts:
             phrase = path.stem.lower()  # the same names in each voice: "hello", "missed"
-            split = "test" if zlib.crc32(phrase.encode()) % 10 < 3 else "train"
-            put(path, out / "voices" / split / path.parent.name, f"{n:05d}{path.suffix}")
+            put(path, out / "voices" / fold_of(phrase, 4) / path.parent.name, f"{n:05d}.ogg")
+
+
+def mandarin(out):
+    """A folder of gcin-voice is a syllable in Bopomofo, with its tone from 2 to 4 behind it."""
+    syllables = {}
+    for n, path in enumerate(sounds_of("gcin-voice", out)):
+        sounds = path.parent.name.rstrip("1234")
+        tone = path.parent.name.removeprefix(sounds)
+        syllables[n] = (path, sounds[-1], tone or "1")
+    finals = [final for _, final, _ in syllables.values()]
+    for n, (path, final, tone) in syllables.items():
+        fold = "fold1" if path.stem == "3" else "fold2"  # the speaker
+        put(path, out / "tones" / fold / tone, f"{n:05d}.ogg")
+        if finals.count(final) >= 80:
+            put(path, out / "finals" / fold / final, f"{n:05d}.ogg")
+
+
+def drums(out):
+    paths = sounds_of("hydrogen-drumkits", out) + sounds_of("hydrogen-data", out)
+    kits = sorted({path.parent.name for path in paths})
+    for n, path in enumerate(paths):
+        drum = match(path, DRUMS)
+        if drum is not None:
+            fold = f"fold{1 + kits.index(path.parent.name) % 4}"
+            put(path, out / "drums" / fold / drum, f"{n:05d}{path.suffix}")
+
+
+def effects(out):
+    for g, game in enumerate(GAMES.split()):
+        fold = f"fold{1 + g % 4}"
+        for n, path in enumerate(sounds_of(game, out)):
+            effect = match(path, EFFECTS)
+            if effect is not None and 0 < seconds(path) < 10:
+                put(path, out / "effects" / fold / effect, f"{game}-{n:05d}{path.suffix}")
+
+
+def music(out):
+    """Four excerpts of 10 s from each piece."""
+    for package in SOUNDTRACKS.split():
+        for n, path in enumerate(sounds_of(package, out)):
+            if seconds(path) < 45:
+                continue
+            sound = soundfile.info(path)
+            folder = out / "music" / f"fold{1 + n % 4}" / package
+            folder.mkdir(parents=True, exist_ok=True)
+            for quarter in range(4):
+                start = round((0.1 + 0.2 * quarter) * sound.frames)
+                samples, rate = soundfile.read(path, 10 * sound.samplerate, start)
+                soundfile.write(folder / f"{n:03d}-{quarter}.flac", samples, rate)
+
+
+def main(out, more):
+    pretrain(PRETRAIN, out / "pretrain", out)
+    if more:
+        pretrain(PRETRAIN, out / "more", out)
+        pretrain(MORE, out / "more", out)
+    for task in (voices, mandarin, drums, effects, music):
+        task(out)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
-    main(Path(sys.argv[1]).absolute())
+    main(Path(sys.argv[1]).absolute(), "--more" in sys.argv)
