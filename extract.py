@@ -4,24 +4,23 @@
     python extract.py CHECKPOINT DATA --out emb.npz          embeddings, one row a recording
     python extract.py CHECKPOINT DATA --probe knn linear     accuracies on train|test/LABEL/*
 
-A recording is cut into windows as long as a training clip (10 s), the last one filled with silence.
-A window of 10 s gives 16 rows, one for each 625 ms; a row is made of 8 tokens, one for each band of
-frequencies. Only rows that the recording reaches into are used, and in means over a recording its
-last row counts by the share of it that holds sound.
+A recording is cut into excerpts as long as a training clip (10 s); the last one is shorter. An
+excerpt of 10 s gives 16 rows, one for each 625 ms, and a row is made of 8 tokens, one for each band
+of frequencies. Training never saw padding, so only the rows that hold sound enter the encoder. In
+means over a recording its last row counts by the share of it that holds sound.
 
-Letters in the shape comments: B windows, N tokens of a window, D encoder width, R rows of a window
-(of an encoder, or the frames of a log-mel) or of a recording, K numbers in a row.
+Letters in the shape comments: B excerpts, N tokens of an excerpt, D encoder width, R rows of an
+excerpt (of an encoder, or the frames of a log-mel) or of a recording, K numbers in a row.
 """
 
+import argparse
 import copy
 import json
 import math
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
-from dataclasses import field
 
 import numpy as np
 import torch
@@ -41,33 +40,33 @@ from data import whole_file
 from model import JEPAConfig
 from model import VisionTransformer
 from train import PRECISIONS
-from train import AuthorsLogMel
 from train import OneLineParser
-from train import choose_amp
 from train import choose_device
 from train import default_workers
 from train import fail
 from train import launched_processes
-from train import load_networks
+from train import load_checkpoint
 
 
 class AudioJEPAEncoder(nn.Module):
     """A pretrained encoder for waveforms of any length.
 
-    (waveform [B, T], float in [-1, 1], mono, at `sampling_rate` Hz) -> [B, R, output_dim], float32:
-    a row each `hop_size_in_ms`, as many as the waveform reaches into.
+    (waveform [B, samples], float in [-1, 1], mono, at `sampling_rate` Hz) -> [B, R, output_dim],
+    float32: a row each `hop_size_in_ms`, as many as the waveform reaches into.
+
+    Recordings of different lengths are padded with zeros to one waveform. The zeros at the end of
+    each are not encoded, and their rows are 0, so that a recording gets the same rows with padding
+    and without. `lengths` [B] says how many samples are sound, for recordings that end in zeros.
 
     `checkpoint`: of train.py, or the authors' file. `bands`: "concat" puts the 8 tokens of a row
-    side by side, "mean" averages them. `which`: "target" or "context". X-ARES builds this class
-    without arguments: then AUDIO_JEPA_CHECKPOINT and AUDIO_JEPA_BANDS are read.
+    side by side, "mean" averages them. X-ARES builds this class without arguments: then
+    AUDIO_JEPA_CHECKPOINT and AUDIO_JEPA_BANDS are read.
 
     Its parameters are frozen; `encoder.requires_grad_(True)` is all that fine-tuning needs.
     ValueError: no or a damaged checkpoint, other bands, a waveform of another shape.
     """
 
-    def __init__(
-        self, checkpoint: str | None = None, bands: str | None = None, which: str = "target"
-    ):
+    def __init__(self, checkpoint: str | None = None, bands: str | None = None):
         super().__init__()
         checkpoint = checkpoint or os.environ.get("AUDIO_JEPA_CHECKPOINT")
         bands = bands or os.environ.get("AUDIO_JEPA_BANDS", "concat")
@@ -78,7 +77,7 @@ class AudioJEPAEncoder(nn.Module):
         stored = load_networks(checkpoint)
         config = JEPAConfig(**stored["config"]["model"])
         self.network = VisionTransformer(config)
-        self.network.load_state_dict(stored[f"{which}_encoder"])
+        self.network.load_state_dict(stored["target_encoder"])
         self.network.requires_grad_(False)
         if stored["config"]["log_mel"] is None:
             self.log_mel = AuthorsLogMel()
@@ -86,72 +85,98 @@ class AudioJEPAEncoder(nn.Module):
             self.log_mel = LogMel(**stored["config"]["log_mel"])
         self.step = stored["step"]
         self.bands = bands
-        self.amp = "auto"  # or bf16, fp16, off
+        self.amp = stored["settings"]["amp"]  # of its training: the same rows on every machine
         self.sampling_rate = self.log_mel.sample_rate
-        self.window = round(self.sampling_rate * self.log_mel.clip_seconds)  # samples
-        self.rows_per_window, tokens_of_row = config.grid
-        self.hop_size_in_ms = 1000 * self.log_mel.clip_seconds / self.rows_per_window
+        self.excerpt_samples = round(self.sampling_rate * self.log_mel.clip_seconds)
+        self.rows_per_excerpt, self.tokens_per_row = config.grid
+        self.hop_size_in_ms = 1000 * self.log_mel.clip_seconds / self.rows_per_excerpt
         self.output_dim = config.dim
         if bands == "concat":
-            self.output_dim = config.dim * tokens_of_row
+            self.output_dim = config.dim * self.tokens_per_row
 
     @property
     def device(self) -> torch.device:
         return self.log_mel.window.device
 
-    def rows(self, waveform: torch.Tensor) -> torch.Tensor:
-        """Windows [B, window] -> their rows [B, R, output_dim]."""
-        spectrogram = self.log_mel(waveform)
+    def forward(self, waveform: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        if waveform.ndim != 2 or waveform.shape[1] == 0 or not waveform.is_floating_point():
+            shape = f"{waveform.dtype}, {list(waveform.shape)}"
+            raise ValueError(f"a waveform of {shape}: it must be float and [B, samples]")
+        B, samples = waveform.shape
+        waveform = waveform.to(self.device, torch.float32)
+        if lengths is None:
+            lengths = samples_of_sound(waveform)
+        lengths = lengths.to(self.device)
+        padded = F.pad(waveform, (0, -samples % self.excerpt_samples))
+        excerpts = padded.reshape(-1, self.excerpt_samples)
+        starts = torch.arange(0, samples, self.excerpt_samples, device=self.device)
+        sound = (lengths.unsqueeze(1) - starts).clamp(0, self.excerpt_samples).flatten()
+        parts = []
+        for first in range(0, len(excerpts), 32):  # 10 minutes must fit into memory
+            part = slice(first, first + 32)
+            parts.append(self.rows(excerpts[part], sound[part]))
+        rows = torch.cat(parts).view(B, -1, self.output_dim)
+        return rows[:, : math.ceil(samples * self.rows_per_excerpt / self.excerpt_samples)]
+
+    def rows(self, excerpts: torch.Tensor, sound: torch.Tensor) -> torch.Tensor:
+        """Excerpts [B, excerpt_samples], the first `sound` [B] samples of which are no padding
+        -> their rows [B, R, output_dim]. Rows without sound are 0, and no other row attends to
+        them."""
+        spectrogram = self.log_mel(excerpts)
+        counts = torch.ceil(sound * self.rows_per_excerpt / self.excerpt_samples).long()
+        rows = spectrogram.new_zeros(len(excerpts), self.rows_per_excerpt, self.output_dim)
+        for count in counts.unique().tolist():
+            alike = (counts == count).nonzero().flatten()  # the excerpts with as many rows
+            if count > 0:
+                rows[alike, :count] = self.encode(spectrogram[alike], count)
+        return rows
+
+    def encode(self, spectrogram: torch.Tensor, count: int) -> torch.Tensor:
+        """[B, 1, T, F] -> [B, count, output_dim]: the first `count` rows, by their tokens alone."""
+        num_tokens = count * self.tokens_per_row
+        context_idx = torch.arange(num_tokens, device=self.device).expand(len(spectrogram), -1)
         dtype = self.network.pos_embed.dtype
-        precision = PRECISIONS[choose_amp(self.amp, waveform.device.type)]
+        precision = PRECISIONS[self.amp]
+        if precision == torch.float16 and self.device.type == "cpu":
+            precision = torch.float32
         # A network that .half() and the like have cast stays as it is.
         mixed = dtype == torch.float32 and precision != torch.float32
-        with torch.autocast(waveform.device.type, precision, mixed):
-            tokens = self.network(spectrogram.to(dtype))  # [B, N, D], time-major
-        tokens = tokens.float().unflatten(1, self.network.config.grid)  # [B, R, 8, D]
+        with torch.autocast(self.device.type, precision, mixed):
+            tokens = self.network(spectrogram.to(dtype), context_idx)  # [B, N, D], time-major
+        tokens = tokens.float().unflatten(1, (count, self.tokens_per_row))  # [B, R, 8, D]
         if self.bands == "concat":
             return tokens.flatten(2)
         return tokens.mean(2)
 
-    def forward(self, waveform: torch.Tensor) -> torch.Tensor:
-        if waveform.ndim != 2 or waveform.shape[1] == 0 or not waveform.is_floating_point():
-            shape = f"{waveform.dtype}, {list(waveform.shape)}"
-            raise ValueError(f"a waveform of {shape}: it must be float and [B, T]")
-        B, T = waveform.shape
-        waveform = waveform.to(self.device, torch.float32)
-        windows = F.pad(waveform, (0, -T % self.window)).reshape(-1, self.window)
-        rows = [self.rows(part) for part in windows.split(32)]  # 10 minutes must fit into memory
-        rows = torch.cat(rows).view(B, -1, self.output_dim)
-        return rows[:, : math.ceil(T * self.rows_per_window / self.window)]
+
+def samples_of_sound(waveform: torch.Tensor) -> torch.Tensor:
+    """[B, samples] -> [B]: how many samples there are before the zeros at the end. Where all are
+    zeros, it is digital silence and no padding."""
+    samples = waveform.shape[1]
+    positions = torch.arange(1, samples + 1, device=waveform.device)
+    last = torch.where(waveform != 0, positions, 0).amax(1)
+    return torch.where(last > 0, last, samples)
 
 
-def load_encoder(
-    path: str | os.PathLike, bands: str = "concat", which: str = "target"
-) -> AudioJEPAEncoder:
+def load_encoder(path: str | os.PathLike, bands: str = "concat") -> AudioJEPAEncoder:
     """A frozen encoder, on the CPU: see AudioJEPAEncoder."""
-    return AudioJEPAEncoder(path, bands, which).eval()
-
-
-def encoder_of(args, path):
-    """A frozen encoder, as the flags of the command line want it."""
-    encoder = load_encoder(path, args.bands, args.encoder).to(choose_device())
-    encoder.amp = args.amp
-    return encoder
+    return AudioJEPAEncoder(path, bands).eval()
 
 
 # ------------------------------------------------------------------------------------------------
 # Embedding a folder
 
 
-class Windows(IterableDataset):
-    """The windows of recordings: (recording, waveform [window], samples of sound in it, error).
+class Excerpts(IterableDataset):
+    """Recordings in excerpts: (recording, excerpt [excerpt_samples], samples of sound in it, is it
+    the last of the recording, error).
 
-    Each loader worker reads recordings of its own.
+    Each loader worker reads recordings of its own, from start to end.
     """
 
-    def __init__(self, files, window):
+    def __init__(self, files, excerpt_samples):
         self.files = files
-        self.window = window
+        self.excerpt_samples = excerpt_samples
 
     def __iter__(self):
         recordings = range(len(self.files))
@@ -160,208 +185,308 @@ class Windows(IterableDataset):
             recordings = recordings[worker.id :: worker.num_workers]
         for i in recordings:
             try:
-                for waveform in self.files.windows(i, self.window):
-                    filled = np.pad(waveform, (0, self.window - len(waveform)))
-                    yield i, filled, len(waveform), ""
+                before = None
+                for waveform in self.files.windows(i, self.excerpt_samples):
+                    if before is not None:
+                        yield i, before, self.excerpt_samples, False, ""
+                    before = np.pad(waveform, (0, self.excerpt_samples - len(waveform)))
+                    sound = len(waveform)
+                yield i, before, sound, True, ""
             except UNREADABLE as error:
-                yield i, np.zeros(self.window, np.float32), 0, str(error)
+                yield i, np.zeros(self.excerpt_samples, np.float32), 0, True, str(error)
 
 
-@dataclass
-class Embedding:
-    """What the windows of a recording add up to."""
+def embed(encoder, files, args):
+    """Yield each recording as soon as it is done: (its number, its samples, rows [R, K], their
+    weights [R]). A weight is 1, or the share of the last row that holds sound.
 
-    samples: int = 0  # that hold sound
-    weight: float = 0.0  # of all rows: 1 for each, or the share of it that holds sound
-    total: torch.Tensor | float = 0.0  # [K], their weighted sum
-    squares: torch.Tensor | float = 0.0  # [K], the weighted sum of their squares
-    rows: list[torch.Tensor] = field(default_factory=list)  # [R, K] of each window, if wanted
-
-    def pooled(self, pool: str) -> torch.Tensor:
-        """clip: the mean of the rows [1, K]; stats: mean and std [1, 2 K]; time: the rows [R, K]"""
-        if pool == "time":
-            return torch.cat(self.rows)
-        mean = self.total / self.weight
-        if pool == "clip":
-            return mean.unsqueeze(0)
-        variance = self.squares / self.weight - mean**2
-        return torch.cat([mean, variance.clamp(min=0).sqrt()]).unsqueeze(0)
-
-
-@torch.no_grad()
-def embed(encoder, rows_of, keep_rows, files, args) -> dict[int, Embedding]:
-    """Embed all recordings -> Embedding of each, in order.
-
-    `rows_of` makes rows [B, R, K] of windows [B, window]. ValueError at a recording that cannot be
-    used, unless --skip-bad is given.
+    ValueError names a recording that cannot be used; --skip-bad leaves it out.
     """
-    files = copy.copy(files)
-    files.rate = encoder.sampling_rate  # in which checkpoints may differ
     loader = DataLoader(
-        Windows(files, encoder.window),
-        batch_size=args.batch_size,
-        num_workers=args.workers,
-        pin_memory=encoder.device.type == "cuda",
+        Excerpts(files, encoder.excerpt_samples), args.batch_size, num_workers=args.workers
     )
-    found = defaultdict(Embedding)
-    for recordings, waveform, samples, reasons in tqdm(loader, unit=" batches", disable=None):
-        rows = rows_of(waveform.to(encoder.device)).cpu()  # [B, R, K]
-        for b, i in enumerate(recordings.tolist()):
-            if reasons[b] != "":
-                line = printable(f"{files.name(i)}: {reasons[b]}")
+    samples_per_row = encoder.excerpt_samples / encoder.rows_per_excerpt
+    rows_so_far = defaultdict(list)
+    samples_so_far = defaultdict(int)
+    for recordings, excerpts, sound, is_last, errors in tqdm(loader, disable=None):
+        with torch.no_grad():
+            rows = encoder.rows(excerpts.to(encoder.device), sound.to(encoder.device)).cpu()
+        for place, i in enumerate(recordings.tolist()):
+            if errors[place]:
+                message = f"{printable(files.name(i))}: {errors[place]}"
                 if not args.skip_bad:
-                    raise ValueError(f"{line} (--skip-bad leaves such out)")
-                tqdm.write(f"left out: {line}", file=sys.stderr)
-                found.pop(i, None)  # what its windows before the bad one have given
+                    raise ValueError(f"{message} (--skip-bad leaves such recordings out)")
+                tqdm.write(f"left out: {message}", file=sys.stderr)
+                rows_so_far.pop(i, None)
                 continue
-            filled = samples[b].item() * rows.shape[1] / encoder.window  # rows of sound: 1.6
-            with_sound = rows[b, : math.ceil(filled)]
-            # In a mean each counts 1, and the last one its share of sound (0.6): in a short
-            # recording it would else be half of the mean, and nearly all silence.
-            weight = (filled - torch.arange(len(with_sound))).clamp(max=1).unsqueeze(1)  # [R, 1]
-            embedding = found[i]
-            embedding.samples += samples[b].item()
-            embedding.weight += filled
-            embedding.total += (weight * with_sound).sum(0)
-            embedding.squares += (weight * with_sound.square()).sum(0)
-            if keep_rows:
-                embedding.rows.append(with_sound.clone())
-    if not found:
-        raise ValueError(f"{args.data}: none of {len(files)} recordings can be used")
-    return dict(sorted(found.items()))
+            count = math.ceil(sound[place].item() / samples_per_row)
+            rows_so_far[i].append(rows[place, :count])
+            samples_so_far[i] += sound[place].item()
+            if is_last[place]:
+                whole = torch.cat(rows_so_far.pop(i))
+                samples = samples_so_far.pop(i)
+                weights = torch.ones(len(whole))
+                weights[-1] = samples / samples_per_row - (len(whole) - 1)
+                yield i, samples, whole, weights
+
+
+def mean_over_time(rows, weights):
+    """[R, K] and [R] -> [1, K]"""
+    return (weights.unsqueeze(1) * rows).sum(0, keepdim=True) / weights.sum()
 
 
 def save_embeddings(args, encoder, files):
-    """--out: all embeddings in one .npz, which is renamed when it is whole."""
-    found = embed(encoder, encoder.rows, args.pool == "time", files, args)
-    blocks = [embedding.pooled(args.pool) for embedding in found.values()]  # [rows, K] of each
-    config = {
-        "model": vars(encoder.network.config),
-        "log_mel": encoder.log_mel.config,
-        "bands": args.bands,
-        "pool": args.pool,
-        "encoder": args.encoder,
-        "amp": choose_amp(args.amp, encoder.device.type),
-    }
+    blocks = {}
+    seconds = {}
+    for i, samples, rows, weights in embed(encoder, files, args):
+        if args.pool == "clip":
+            rows = mean_over_time(rows, weights)
+        blocks[i] = rows.numpy()
+        seconds[i] = samples / encoder.sampling_rate
+    if not blocks:
+        raise ValueError(f"{printable(args.data)}: none of its recordings can be used")
+    order = sorted(blocks)
+    config = {"model": vars(encoder.network.config), "log_mel": encoder.log_mel.config}
     with whole_file(args.out) as file:
         np.savez(
             file,
-            embeddings=torch.cat(blocks).numpy(),
-            offsets=np.cumsum([0] + [len(block) for block in blocks]),
-            paths=[files.name(i) for i in found],
-            seconds=[embedding.samples / encoder.sampling_rate for embedding in found.values()],
+            embeddings=np.concatenate([blocks[i] for i in order]),
+            offsets=np.cumsum([0] + [len(blocks[i]) for i in order]),
+            paths=[files.name(i) for i in order],
+            seconds=[seconds[i] for i in order],
             sample_rate=encoder.sampling_rate,
             hop_ms=encoder.hop_size_in_ms,
             step=encoder.step,
             config=json.dumps(config),
         )
-    print(f"{printable(args.out)}: {len(found)} of {len(files)} recordings, {args.pool} embeddings")
+    print(f"{printable(args.out)}: {len(order)} of {len(files)} recordings, {args.pool} embeddings")
 
 
 # ------------------------------------------------------------------------------------------------
-# Probes: what is a frozen embedding worth?
+# Probes: what is a frozen embedding worth? Each is a function
+#
+#     (features, labels, fold) -> the class of each test clip, and of each valid clip
+#
+# features are embeddings [clips, K], or for the attentive probe the rows [R, K] of each clip.
 
 
-def knn(probe, embeddings, labels, classes, train, test):
-    """Accuracy of the vote of the 10 nearest training clips by cosine, each weighing
-    exp(similarity / 0.07). embeddings [clips, K]; `train` and `test` are indices.
+@dataclass
+class Fold:
+    """Which clips are for what: indices, int64."""
 
-    "knn": every dimension is standardised on the training split first. "xares-knn": as X-ARES 0.1.3
-    computes it, and so Table III: each feature is normalised over the training clips, instead of
-    each clip over its features, so that clips of large norm win.
-    """
-    if probe == "knn":
-        std, mean = torch.std_mean(embeddings[train], dim=0, correction=0)
-        embeddings = (embeddings - mean) / torch.where(std > 1e-6, std, 1.0)
-        candidates = F.normalize(embeddings[train], dim=1)
-    else:
-        candidates = F.normalize(embeddings[train], dim=0)
-    right = 0
-    for some in test.split(1024):
-        similarity = F.normalize(embeddings[some], dim=1) @ candidates.T  # [some, train]
-        nearest = similarity.topk(min(10, len(train)), dim=1)
+    train: torch.Tensor
+    valid: torch.Tensor  # to choose by; may be empty
+    test: torch.Tensor
+
+
+def knn(embeddings, labels, fold):
+    """The vote of the 10 nearest training clips by cosine, each weighing exp(similarity / 0.07).
+    Every dimension is standardised on the training clips first."""
+    embeddings = standardise(embeddings, embeddings[fold.train])
+    candidates = F.normalize(embeddings[fold.train], dim=1)
+    answers = []
+    for clips in (fold.test, fold.valid):
+        similarity = F.normalize(embeddings[clips], dim=1) @ candidates.T  # [clips, train]
+        nearest = similarity.topk(min(10, len(fold.train)), dim=1)
         weights = (nearest.values / 0.07).softmax(1)  # exp, up to a factor that all 10 share
-        votes = torch.zeros(len(some), classes)
-        votes.scatter_add_(1, labels[train][nearest.indices], weights)
-        right += (votes.argmax(1) == labels[some]).sum().item()
-    return right / max(len(test), 1)  # there may be no valid split
+        votes = torch.zeros(len(clips), int(labels.max()) + 1, dtype=weights.dtype)
+        votes.scatter_add_(1, labels[fold.train][nearest.indices], weights)
+        answers.append(votes.argmax(1))
+    return answers
 
 
-class Probe(nn.Module):
-    """LayerNorm and one Linear: (rows [B, R, K], padding [B, R]) -> [B, classes].
+def standardise(features, reference):
+    """Mean 0 and std 1 in each dimension of `reference` [n, K]; what is constant there stays."""
+    std, mean = torch.std_mean(reference.double(), dim=0, correction=0)
+    return (features.double() - mean) / torch.where(std > 1e-6, std, 1.0)
 
-    Without attention there is one row, the pooled embedding, as in X-ARES. Attentive: one learned
-    query gathers what it needs from all rows, in 8 heads of 64 numbers.
+
+def principal_axes(features):
+    """[n, K] -> axes [K, J], orthonormal, along which the features are not correlated.
+
+    J <= n and K: only the span of the features is kept, because a penalised weight never leaves it.
     """
-
-    def __init__(self, width, classes, attentive):
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.attention = None
-        if attentive:
-            dim = 512  # and not K: with the 6144 of `base`, attention would have 150 M weights
-            self.attention = nn.MultiheadAttention(dim, 8, kdim=width, vdim=width, batch_first=True)
-            self.query = nn.Parameter(0.02 * torch.randn(1, dim))
-            width = dim
-        self.head = nn.Linear(width, classes)
-
-    def forward(self, rows, padding):
-        rows = self.norm(rows)
-        if self.attention is not None:
-            query = self.query.expand(len(rows), 1, -1)
-            rows, _ = self.attention(query, rows, rows, padding)
-        return self.head(rows[:, 0])
+    n, width = features.shape
+    if n < width:
+        values, vectors = torch.linalg.eigh(features @ features.T)
+        vectors = features.T @ vectors / values.clamp(min=1e-300).sqrt()
+    else:
+        values, vectors = torch.linalg.eigh(features.T @ features)
+    kept = values > 1e-10 * values[-1]
+    return vectors[:, kept]
 
 
-def train_probe(rows, attentive, labels, classes, train, valid, test):
-    """Train a Probe on frozen rows, a tensor [R, K] for each clip -> accuracies: valid, test.
+def minimise(loss_function, parameters):
+    """L-BFGS, deterministic; it stops before ITERATIONS where the gradient vanishes."""
+    optimizer = torch.optim.LBFGS(
+        parameters,
+        max_iter=ITERATIONS,
+        max_eval=2 * ITERATIONS,
+        tolerance_grad=1e-6,
+        tolerance_change=1e-10,
+        history_size=20,
+        line_search_fn="strong_wolfe",
+    )
 
-    As X-ARES: 10 epochs of Adam, batch 32, the rate on a cosine from 1e-3 to a tenth. What counts
-    is the epoch that is best on `valid`, or the last one if there is no `valid`.
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_function()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+
+
+PENALTIES = [10.0**exponent for exponent in range(0, -7, -1)]
+ITERATIONS = 300  # most fits need fewer; twice as many change nothing
+HEADS = 4  # of the attentive probe
+QUERY_PENALTY = 100  # times that of a weight, because attention overfits sooner
+
+
+def fit(coordinates, labels, classes, penalty, subsets, start=None):
+    """Multinomial logistic regressions, one for each of G subsets of the clips: coordinates [n, J],
+    subsets [G, n], bool -> weight [G, J, classes], bias [G, 1, classes].
+
+    Each minimises mean cross entropy + penalty / 2 * |weight|^2 until it has converged. L-BFGS sees
+    the weight divided by `scale`, which makes the curvature about the same in all directions. That
+    saves iterations and does not move the minimum. `start` is a weight to begin with.
     """
-    torch.manual_seed(0)
-    device = choose_device()
-    probe = Probe(rows[0].shape[1], classes, attentive).to(device)
-    optimizer = torch.optim.Adam(probe.parameters())
+    scale = curvature_scale(coordinates, penalty)
+    scaled = coordinates * scale.T
+    weight = coordinates.new_zeros(len(subsets), len(scale), classes)
+    if start is not None:
+        weight = start / scale
+    bias = coordinates.new_zeros(len(subsets), 1, classes)
+    weight.requires_grad_()
+    bias.requires_grad_()
+    share = subsets / subsets.sum(1, keepdim=True)  # [G, n], of a clip in the mean of its subset
+    repeated = labels.expand(len(subsets), -1)
 
-    def logits(batch):
-        some = [rows[clip] for clip in batch.tolist()]
-        lengths = torch.tensor([len(clip) for clip in some])
-        padded = pad_sequence(some, batch_first=True)  # [B, R, K]
+    def loss():
+        logits = scaled @ weight + bias  # [G, n, classes]
+        cross_entropy = F.cross_entropy(logits.transpose(1, 2), repeated, reduction="none")
+        size = (weight * scale).square().sum()
+        return (share * cross_entropy).sum() + penalty / 2 * size
+
+    minimise(loss, [weight, bias])
+    return (weight * scale).detach(), bias.detach()
+
+
+def curvature_scale(coordinates, penalty):
+    """Along an axis the curvature of the loss is about var / 4 + penalty: 1 / its root [J, 1]."""
+    return (coordinates.var(0, correction=0) / 4 + penalty).rsqrt().unsqueeze(1)
+
+
+def choose_penalty(coordinates, labels, fold):
+    """The penalty of the best logistic regression: on the valid clips, or by five-fold
+    cross-validation on the training clips."""
+    if len(fold.valid) > 0:
+        clips = torch.cat([fold.train, fold.valid])
+        held_out = torch.arange(len(clips)).unsqueeze(0) >= len(fold.train)  # [1, n]
+    else:
+        clips = fold.train
+        held_out = deal(labels[clips], 5) == torch.arange(5).unsqueeze(1)  # [5, n]
+    classes = int(labels.max()) + 1
+    weight = None
+    right = []
+    for penalty in PENALTIES:
+        weight, bias = fit(coordinates[clips], labels[clips], classes, penalty, ~held_out, weight)
+        answers = (coordinates[clips] @ weight + bias).argmax(2)  # [G, n]
+        right.append(((answers == labels[clips]) & held_out).sum().item())
+    return PENALTIES[right.index(max(right))]
+
+
+def fit_chosen(coordinates, labels, fold):
+    """-> weight [J, classes], bias [classes] and the penalty they were fitted with."""
+    penalty = choose_penalty(coordinates, labels, fold)
+    classes = int(labels.max()) + 1
+    everything = torch.ones(1, len(fold.train), dtype=torch.bool)
+    train = coordinates[fold.train]
+    weight, bias = fit(train, labels[fold.train], classes, penalty, everything)
+    return weight[0], bias[0, 0], penalty
+
+
+def linear(embeddings, labels, fold):
+    """Logistic regression on the standardised embedding."""
+    embeddings = standardise(embeddings, embeddings[fold.train])
+    coordinates = embeddings @ principal_axes(embeddings[fold.train])
+    weight, bias, _ = fit_chosen(coordinates, labels, fold)
+    return [(coordinates[clips] @ weight + bias).argmax(1) for clips in (fold.test, fold.valid)]
+
+
+def attentive(rows, labels, fold):
+    """Logistic regression on rows that learned queries have attended to: rows [R, K] of each clip.
+
+    A head weighs the rows of a clip by the softmax of their products with its query. The means of
+    all heads enter the regression side by side. (Keys and values would add nothing to a linear
+    classifier.) It begins as the regression on the mean row, with the penalty of that one.
+    """
+    of_training = torch.cat([rows[clip] for clip in fold.train.tolist()])
+    axes = principal_axes(standardise(of_training, of_training))
+    coordinates = [(standardise(clip, of_training) @ axes).float() for clip in rows]  # [R, J] each
+    means = torch.stack([clip.mean(0) for clip in coordinates])
+    weight, bias, penalty = fit_chosen(means, labels, fold)
+
+    # As in `fit`, L-BFGS sees weights that are divided by a scale.
+    scale = curvature_scale(means[fold.train], penalty)  # [J, 1]
+    generator = torch.Generator().manual_seed(0)
+    query = 0.01 * torch.randn(len(scale), HEADS, generator=generator)  # [J, HEADS]
+    weight = (weight / scale / HEADS).repeat(HEADS, 1, 1)  # [HEADS, J, classes]
+    parameters = [query, weight, bias]
+    for parameter in parameters:
+        parameter.requires_grad_()
+
+    def logits(padded, padding):
+        scores = padded @ (query * scale)  # [B, R, HEADS]
+        attention = scores.masked_fill(padding.unsqueeze(2), -torch.inf).softmax(1)
+        attended = attention.mT @ padded  # [B, HEADS, J]
+        return torch.einsum("bhj,hjc->bc", attended, weight * scale) + bias
+
+    batches = padded_batches(coordinates, fold.train)
+
+    def loss():
+        size = (weight * scale).square().sum() + QUERY_PENALTY * (query * scale).square().sum()
+        total = penalty / 2 * size
+        for clips, padded, padding in batches:
+            summed = F.cross_entropy(logits(padded, padding), labels[clips], reduction="sum")
+            total = total + summed / len(fold.train)
+        return total
+
+    minimise(loss, parameters)
+    answers = torch.empty_like(labels)
+    with torch.no_grad():
+        for clips, padded, padding in padded_batches(
+            coordinates, torch.cat([fold.test, fold.valid])
+        ):
+            answers[clips] = logits(padded, padding).argmax(1)
+    return answers[fold.test], answers[fold.valid]
+
+
+def padded_batches(rows, clips):
+    """Clips of similar length together, because one of 20 minutes would make all others as long
+    -> a list of (clips [B], rows [B, R, J], padding [B, R])."""
+    batches = []
+    batch = []
+    for clip in sorted(clips.tolist(), key=lambda clip: len(rows[clip])):
+        if batch and len(rows[clip]) > 1.25 * len(rows[batch[0]]) + 4:
+            batches.append(batch)
+            batch = []
+        batch.append(clip)
+    batches.append(batch)
+    padded_batches = []
+    for batch in batches:
+        padded = pad_sequence([rows[clip] for clip in batch], batch_first=True)
+        lengths = torch.tensor([len(rows[clip]) for clip in batch])
         padding = torch.arange(padded.shape[1]) >= lengths.unsqueeze(1)
-        return probe(padded.to(device), padding.to(device)).cpu()
-
-    @torch.no_grad()
-    def accuracy(split):
-        if len(split) == 0:  # there may be no valid split
-            return 0.0
-        right = 0
-        for batch in split.split(32):
-            right += (logits(batch).argmax(1) == labels[batch]).sum().item()
-        return right / len(split)
-
-    best = -1.0
-    for epoch in range(10):
-        optimizer.param_groups[0]["lr"] = 1e-3 * (0.55 + 0.45 * math.cos(math.pi * epoch / 10))
-        for batch in train[torch.randperm(len(train))].split(32):
-            F.cross_entropy(logits(batch), labels[batch]).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        on_valid = accuracy(valid)
-        if on_valid >= best:  # of equally good epochs the last; without `valid` all are equal
-            best = on_valid
-            on_test = accuracy(test)
-    return best, on_test
+        padded_batches.append((torch.tensor(batch), padded, padding))
+    return padded_batches
 
 
-def deal(labels, folds):
-    """Shuffle the clips of each class and deal them out like cards -> the fold of each, int64."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    order = order[labels[order].argsort(stable=True)]
-    fold = torch.empty_like(labels)
-    fold[order] = torch.arange(len(labels)) % folds
-    return fold
+PROBES = {"knn": knn, "linear": linear, "attentive": attentive}
 
+
+# ------------------------------------------------------------------------------------------------
+# Tasks and tables
 
 SPLIT_OF = {  # by the name of a folder
     "train": "train",
@@ -377,13 +502,22 @@ SPLIT_OF = {  # by the name of a folder
 }
 
 
-def read_task(args, names):
-    """Paths SPLIT/LABEL/..., FOLD/LABEL/... or LABEL/... -> the class of each, and a tuple (train,
-    valid, test) of indices for each fold that is tested. ValueError for other paths.
+def deal(labels, folds):
+    """Shuffle the clips of each class and deal them out like cards -> the fold of each, int64."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    order = order[labels[order].argsort(stable=True)]
+    fold = torch.empty_like(labels)
+    fold[order] = torch.arange(len(labels)) % folds
+    return fold
+
+
+def read_task(data, names):
+    """Paths SPLIT/LABEL/..., FOLD/LABEL/... or LABEL/... -> the class of each clip, int64, and a
+    list of Folds, each of which is tested. ValueError for other paths.
     """
-    wanted = (
-        f"{args.data}: wanted are train/LABEL/* and test/LABEL/* (and valid/LABEL/*), or "
-        "fold1/LABEL/*, fold2/LABEL/* and so on, or LABEL/*"
+    needed = (
+        f"{data}: a task is train/LABEL/* and test/LABEL/* (and valid/LABEL/*), or fold1/LABEL/*, "
+        "fold2/LABEL/* and so on, or LABEL/*"
     )
     folders = [name.split("/")[:-1] for name in names]
     tops = [folder[0].lower().removesuffix(".tar") if folder else "" for folder in folders]
@@ -391,16 +525,14 @@ def read_task(args, names):
     has_folds = all(top.startswith("fold") for top in tops)
     has_splits = {"train", "test"} <= set(splits)
     if has_splits and None in splits:  # other folders beside train and test
-        raise ValueError(wanted)
+        raise ValueError(needed)
     if not has_splits and None not in splits:  # train and valid without test, for instance
-        raise ValueError(wanted)
-    if args.folds and (has_splits or has_folds):
-        raise ValueError(f"{wanted}; --folds is for LABEL/* alone")
+        raise ValueError(needed)
     if has_splits or has_folds:
         folders = [folder[1:] for folder in folders]
     classes = sorted({folder[0] for folder in folders if folder})
     if [] in folders or len(classes) < 2:
-        raise ValueError(f"{wanted}; found {len(classes)} LABEL")
+        raise ValueError(f"{needed}; here there are {len(classes)} LABEL")
     labels = torch.tensor([classes.index(folder[0]) for folder in folders])
 
     def indices(chosen):
@@ -408,119 +540,211 @@ def read_task(args, names):
 
     if has_splits:
         splits = np.array(splits)
-        return labels, [tuple(indices(splits == name) for name in ("train", "valid", "test"))]
-    if has_folds:
-        fold = np.unique(tops, return_inverse=True)[1]
-        tested = range(fold.max() + 1)
+        parts = [indices(splits == name) for name in ("train", "valid", "test")]
+        folds = [Fold(*parts)]
     else:
-        fold = deal(labels, args.folds or 5)
-        tested = range(args.folds or 1)  # without --folds, the first of five is the test
-    answer = [(indices(fold != n), indices([]), indices(fold == n)) for n in tested]
-    if any(len(train) == 0 or len(test) == 0 for train, _, test in answer):
-        raise ValueError(
-            f"{wanted}; found {len(names)} recordings, too few for {len(tested)} folds"
-        )
-    return labels, answer
+        tested = [0]  # of LABEL/*, a fifth
+        number = deal(labels, 5)
+        if has_folds:
+            number = np.unique(tops, return_inverse=True)[1]
+            tested = range(number.max() + 1)
+        folds = [Fold(indices(number != n), indices([]), indices(number == n)) for n in tested]
+    if any(len(fold.train) == 0 or len(fold.test) == 0 for fold in folds):
+        raise ValueError(f"{needed}; {len(names)} recordings are too few")
+    return labels, folds
 
 
-@dataclass
-class View:
-    """Something to probe: what makes rows of numbers out of windows, and a row of the table."""
+class LogMelBaseline:
+    """The log-mel in the place of an encoder: its frames are the rows."""
 
-    name: str
-    encoder: AudioJEPAEncoder
-    rows_of: Callable[[torch.Tensor], torch.Tensor]  # [B, window] -> [B, R, K]
-    pool: str  # "clip" or "stats"
+    def __init__(self, encoder):
+        self.log_mel = encoder.log_mel
+        self.device = encoder.device
+        self.excerpt_samples = encoder.excerpt_samples
+        self.rows_per_excerpt = encoder.log_mel.time_bins
+
+    def rows(self, excerpts, sound):
+        return self.log_mel(excerpts).squeeze(1)  # [B, T, F]
 
 
-def views(args, encoder):
-    """Two baselines that an encoder has to beat, log-mel and this encoder before any training; then
-    the encoder of each checkpoint."""
-    untrained = copy.deepcopy(encoder)
+def untrained(encoder):
+    """The same encoder before any training."""
+    encoder = copy.deepcopy(encoder)
     torch.manual_seed(0)
-    untrained.network = VisionTransformer(encoder.network.config).to(encoder.device)
+    encoder.network = VisionTransformer(encoder.network.config).to(encoder.device)
+    return encoder
 
-    def log_mel_rows(waveform):
-        return encoder.log_mel(waveform).squeeze(1)  # [B, T, F]
 
-    yield View("log-mel", encoder, log_mel_rows, "stats")
-    pooling = args.bands
-    if args.pool == "stats":
-        pooling += ", mean and std"
-    yield View(f"untrained, {pooling}", untrained, untrained.rows, args.pool)
-    for path in args.checkpoints:
-        trained = encoder_of(args, path)
-        name = f"{printable(path)}, {pooling}"
-        yield View(name, trained, trained.rows, args.pool)
+def accuracies(args, encoder, files):
+    """Embed a task and probe it -> the accuracy of each probe on the test clips of all folds, and
+    on the valid clips if there are any, which are there to choose by; labels; folds."""
+    rows_of = {}
+    pooled_of = {}
+    for i, _, rows, weights in embed(encoder, files, args):
+        pooled_of[i] = mean_over_time(rows, weights)
+        if isinstance(encoder, LogMelBaseline):
+            deviation = mean_over_time((rows - pooled_of[i]).square(), weights).sqrt()
+            pooled_of[i] = torch.cat([pooled_of[i], deviation], dim=1)  # mean and std
+        if "attentive" in args.probe:
+            rows_of[i] = rows
+    order = sorted(pooled_of)
+    labels, folds = read_task(args.data, [files.name(i) for i in order])
+    embeddings = torch.cat([pooled_of[i] for i in order])
+    rows = [rows_of[i] for i in order if i in rows_of]
+    tested = torch.cat([fold.test for fold in folds])
+    valid = torch.cat([fold.valid for fold in folds])
+    result = {}
+    for name in args.probe:
+        features = rows if name == "attentive" else embeddings
+        answers = [PROBES[name](features, labels, fold) for fold in folds]
+        on_test = torch.cat([answer for answer, _ in answers])
+        on_valid = torch.cat([answer for _, answer in answers])
+        result[name] = (on_test == labels[tested]).double().mean().item()
+        if len(valid) > 0:
+            result[f"{name} valid"] = (on_valid == labels[valid]).double().mean().item()
+    return result, labels, folds
 
 
 def run_probes(args, encoder, files):
-    """--probe: the accuracies of all views, as a table and as --json."""
-    read_task(args, [files.name(i) for i in range(len(files))])  # may refuse: before the work
+    """--probe: log-mel and the untrained encoder, which an encoder has to beat, and the encoder of
+    each checkpoint, as a table and as --json."""
+    read_task(args.data, [files.name(i) for i in range(len(files))])  # may refuse: before the work
     table = {}
-    for view in views(args, encoder):
-        found = embed(view.encoder, view.rows_of, "attentive" in args.probe, files, args)
-        labels, splits = read_task(args, [files.name(i) for i in found])
-        pooled = torch.cat([embedding.pooled(view.pool) for embedding in found.values()])
-        rows = []  # [R, K] of each clip, if a probe wants them
-        if "attentive" in args.probe:
-            rows = [embedding.pooled("time") for embedding in found.values()]
-        table[view.name] = accuracies(args.probe, pooled, rows, labels, splits)
+    table["log-mel"], labels, folds = accuracies(args, LogMelBaseline(encoder), files)
+    table["untrained"] = accuracies(args, untrained(encoder), files)[0]
+    for path in args.checkpoints:
+        table[printable(path)] = accuracies(args, encoder_of(args, path), files)[0]
 
-    train, valid, test = splits[0]  # the same for all views, as all have read the same recordings
-    about = {
+    tested = sum(len(fold.test) for fold in folds)
+    valid = sum(len(fold.valid) for fold in folds)
+    commonest = sum(labels[fold.test].bincount().max().item() for fold in folds)
+    header = {
         "data": printable(args.data),
-        "encoder": args.encoder,
-        "classes": 1 + int(labels.max()),
-        "folds": len(splits),
-        "train": len(train),
-        "valid": len(valid),
-        "test": len(test),
-        # of giving the commonest class as the answer to everything:
-        "chance": round(labels[test].bincount().max().item() / len(test), 3),
+        "classes": int(labels.max()) + 1,
+        "folds": len(folds),
+        "train": len(folds[0].train),
+        "valid": valid,
+        "test": tested,
+        "chance": round(commonest / tested, 3),  # of the commonest class as the only answer
     }
-    print("  ".join(f"{name} {value}" for name, value in about.items()))
-    tested = sum(len(test) for _, _, test in splits)
+    print("  ".join(f"{name} {value}" for name, value in header.items()))
     widest = max(len(name) for name in table)
-    for name, row in table.items():
+    for name, result in table.items():
         cells = [name.ljust(widest)]
-        for probe, accuracy in row.items():
-            clips = len(valid) if probe.endswith("valid") else tested
+        for probe, accuracy in result.items():
+            clips = valid if probe.endswith("valid") else tested
             error = math.sqrt(accuracy * (1 - accuracy) / clips)  # binomial standard error
             cells.append(f"{probe} {accuracy:.3f} +- {error:.3f}")
         print("   ".join(cells))
     if args.json:
         with whole_file(args.json) as file:
-            file.write(json.dumps(about | {"accuracy": table}).encode())
-
-
-def accuracies(probes, pooled, rows, labels, splits):
-    """Accuracy of each probe on the test split, and on the valid split if there is one, which is
-    there to choose by; means over folds. pooled [clips, K], rows [R, K] of each clip."""
-    classes = 1 + int(labels.max())
-    of_folds = defaultdict(list)
-    for probe in probes:
-        for split in splits:
-            train, valid, test = split
-            if probe == "linear":
-                one_row = pooled.unsqueeze(1)
-                on_valid, on_test = train_probe(one_row, False, labels, classes, *split)
-            elif probe == "attentive":
-                on_valid, on_test = train_probe(rows, True, labels, classes, *split)
-            else:
-                on_valid = knn(probe, pooled, labels, classes, train, valid)
-                on_test = knn(probe, pooled, labels, classes, train, test)
-            of_folds[probe].append(on_test)
-            if len(valid) > 0:
-                of_folds[f"{probe} valid"].append(on_valid)
-    return {name: sum(answers) / len(answers) for name, answers in of_folds.items()}
+            file.write(json.dumps(header | {"accuracy": table}).encode())
 
 
 # ------------------------------------------------------------------------------------------------
+# Checkpoints: ours, or the file that the authors have published
+
+
+def load_networks(path):
+    """A checkpoint of train.py, or the authors' file in that form. ValueError if it is neither."""
+    if is_authors_file(path):
+        return load_authors_file(path)
+    return load_checkpoint(path)
+
+
+def is_authors_file(path):
+    """Lightning stores Python objects beside the weights. Ours are plain."""
+    try:
+        return len(torch.serialization.get_unsafe_globals_in_checkpoint(path)) > 0
+    except Exception:  # a damaged file can raise anything; load_checkpoint says what is wrong
+        return False
+
+
+class Inert:
+    """Stands for the objects that Lightning stores beside the weights: none is executed."""
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+def load_authors_file(path):
+    """The authors' Lightning checkpoint, in the form of ours; its log_mel is None."""
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    with torch.serialization.safe_globals([(Inert, name) for name in names]):
+        theirs = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(theirs, dict) or "state_dict" not in theirs:
+        raise ValueError(f"{path}: neither a checkpoint of train.py nor the authors' file")
+    target = {}
+    for name, tensor in theirs["state_dict"].items():
+        network, name = name.replace("_orig_mod.", "").split(".", 1)
+        name = name.replace("patch_embed.proj", "patch_embed")
+        name = name.replace("Wqkv", "qkv").replace("out_proj", "proj")
+        if name == "patch_embed.weight":
+            tensor = tensor.flatten(1)  # of their convolution
+        if name == "pos_embed":
+            tensor = tensor.squeeze(0)
+        if network == "target_encoder":
+            target[name] = tensor
+    dim = len(target["patch_embed.weight"])
+    hidden = len(target["blocks.0.mlp.fc1.weight"])
+    depth = len([name for name in target if name.endswith("attn.qkv.weight")])
+    config = JEPAConfig(dim=dim, depth=depth, heads=dim // 64, mlp_ratio=hidden / dim)
+    return {
+        "config": {"model": vars(config), "log_mel": None},
+        "settings": {"amp": "off"},
+        "step": theirs.get("global_step", 0),
+        "target_encoder": target,
+    }
+
+
+class AuthorsLogMel(LogMel):
+    """The front end of the authors' weights: a hop of 1243, a window of 3108, peak-normalised
+    waveforms, the 255 frames that lie inside the clip, and zeros for the 256th."""
+
+    config = None  # nothing can be chosen
+
+    def __init__(self):
+        super().__init__()
+        self.hop = 1243
+        self.window_length = 3108
+        self.window = torch.hann_window(self.window_length, periodic=False)
+
+    def cut(self, waveform):
+        return waveform.unfold(1, self.window_length, self.hop)
+
+    def frames(self, waveform):
+        peak = waveform.abs().amax(dim=1, keepdim=True).clamp(min=1e-6)
+        frames = super().frames(waveform / peak)
+        return F.pad(frames, (0, 0, 0, 1))
+
+
+# ------------------------------------------------------------------------------------------------
+# Flags
+
+
+def encoder_of(args, path):
+    """A frozen encoder, as the flags of the command line want it."""
+    encoder = load_encoder(path, args.bands).to(choose_device())
+    if args.amp != "auto":
+        encoder.amp = args.amp
+    return encoder
+
+
+def try_to_write(path):
+    """OSError: `path` cannot be written. Better said before the work than after it."""
+    temporary = f"{path}.tmp"  # of whole_file
+    open(temporary, "wb").close()
+    os.remove(temporary)
 
 
 def parse_args(argv):
-    parser = OneLineParser(description="Embeddings and probes of a frozen encoder.")
+    parser = OneLineParser(
+        description="Embeddings and probes of a frozen encoder.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     add = parser.add_argument
     add(
         "checkpoints",
@@ -531,8 +755,7 @@ def parse_args(argv):
     add("data", help="as --data of train.py, but not packed; for --probe, folders by label")
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--out", metavar="FILE.npz", help="write embeddings")
-    probes = ["knn", "xares-knn", "linear", "attentive"]
-    task.add_argument("--probe", nargs="+", choices=probes, help="measure")
+    task.add_argument("--probe", nargs="+", choices=list(PROBES), help="measure")
     add(
         "--bands",
         choices=["concat", "mean"],
@@ -541,31 +764,32 @@ def parse_args(argv):
     )
     add(
         "--pool",
-        choices=["clip", "stats", "time"],
+        choices=["clip", "time"],
         default="clip",
-        help="the mean over a recording; mean and std; or a row each 625 ms",
+        help="the mean over a recording, or a row each 625 ms",
     )
-    add("--encoder", choices=["target", "context"], default="target", help="which of the two")
-    add("--folds", type=int, help="cross-validate on LABEL/*; without it, a fifth is the test")
     add("--json", metavar="FILE", help="write the accuracies as well")
     add("--skip-bad", action="store_true", help="leave out recordings that cannot be used")
-    add("--batch-size", type=int, default=32, help="windows that pass the encoder at once")
-    add("--workers", type=int, default=default_workers(), help="that read, for each process")
-    add("--amp", choices=["auto", *PRECISIONS], default="auto", help="mixed precision")
+    add("--batch-size", type=int, default=32, help="excerpts that pass the encoder at once")
+    add("--workers", type=int, default=default_workers(), help="that read")
+    add(
+        "--amp",
+        choices=["auto", *PRECISIONS],
+        default="auto",
+        help="mixed precision; auto: that of the training",
+    )
     args = parser.parse_args(argv)
-    if args.folds is not None and args.folds < 2:
-        parser.error(f"--folds {args.folds}: at least 2 are needed")
-    if args.out and len(args.checkpoints) > 1:
+    if args.out is not None and len(args.checkpoints) > 1:
         parser.error("--out takes one checkpoint")
     if args.probe and args.pool == "time":
         parser.error("--pool time goes with --out: a probe has one row a recording")
-    if args.out and (args.json or args.folds):
-        parser.error("--json and --folds go with --probe")
+    if args.json is not None and not args.probe:
+        parser.error("--json goes with --probe")
     for path in (args.out, args.json):
         if path is None:
             continue
         if path == "" or os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
-            parser.error(f"{path}: wanted is a file in a folder that exists")
+            parser.error(f"{path}: it must be a file in a folder that exists")
     if launched_processes().count > 1:
         parser.error("extract.py runs in one process")
     return args
@@ -574,6 +798,9 @@ def parse_args(argv):
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
+        for path in (args.out, args.json):
+            if path is not None:
+                try_to_write(path)
         encoder = encoder_of(args, args.checkpoints[0])
         files = AudioFiles(args.data, encoder.sampling_rate)
         if args.probe:
