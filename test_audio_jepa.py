@@ -651,6 +651,29 @@ def test_every_layout_gives_the_recordings_of_the_folder(tmp_path, layout):
         assert torch.equal(clips[i], wanted[i])
 
 
+def test_a_sparse_member_of_a_tar_is_left_out_and_named(tmp_path, capsys):
+    write_level(tmp_path / "a.wav", 0.25)
+    with open(tmp_path / "a.wav", "r+b") as file:
+        file.truncate(2**22)  # a hole at its end
+    write_level(tmp_path / "b.wav", 0.5)
+    tar = ["tar", "--sparse", "-cf", tmp_path / "x.tar", "-C", tmp_path, "a.wav", "b.wav"]
+    subprocess.run(tar, check=True)
+    clips = data.AudioClips(tmp_path / "x.tar")
+    assert len(clips) == 1
+    assert (clips[0] == 0.5).all()
+    assert "a.wav is a sparse member" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["list.txt", "list.csv", "list.tsv"])
+@pytest.mark.parametrize("names", [["a", "b"], ["a/000.wav", "b"], ["a", "b", "a/000.wav"]])
+def test_a_list_with_folders_is_refused_and_told_what_to_do(tmp_path, name, names):
+    corpus(tmp_path / "a", 1)
+    corpus(tmp_path / "b", 1)
+    (tmp_path / name).write_text("\n".join(names))
+    with pytest.raises(ValueError, match="name no file.*for several folders, put links"):
+        data.AudioClips(tmp_path / name)
+
+
 def test_links_are_followed_to_each_folder_once_and_hidden_files_are_not_audio(tmp_path):
     folder = corpus(tmp_path / "elsewhere", 2)
     (tmp_path / "set").mkdir()
@@ -757,30 +780,50 @@ def test_a_flac_of_unknown_length_is_read_to_its_end(tmp_path):
     assert sum(len(window) for window in files.windows(0, 40000)) == 40 * 8000
 
 
-@pytest.mark.parametrize("rate", [8000, 22050, 48000])
-@pytest.mark.parametrize("channels", [1, 2])
-@pytest.mark.parametrize("mode", ["CONSTANT", "VARIABLE"])
-@pytest.mark.parametrize("tag", [b"", b"ID3\3\0\0\0\x10\0\0" + bytes(2**18)])  # a cover picture
-def test_an_mp3_that_does_not_tell_its_length_is_read_to_its_end(
-    tmp_path, rate, channels, mode, tag
-):
+ID3 = b"ID3\3\0\0\0\0\0\x40" + bytes(64)  # a tag, as an MP3 begins
+
+
+@pytest.mark.parametrize(
+    "before", [b"", ID3 + bytes(100), ID3 + ID3, b"\n", bytes(4096), b"ICY 200 OK\r\n\r\n", None]
+)
+def test_an_mp3_is_read_as_far_as_soundfile_reads_its_path(tmp_path, before):
     path = tmp_path / "x.mp3"
-    loud_then_soft = np.concatenate([noise(2, rate), tone(20, rate)])  # many bits, then few
-    waveform = np.stack(channels * [loud_then_soft], axis=1)
-    soundfile.write(path, waveform, rate, bitrate_mode=mode, compression_level=0.3)
+    soundfile.write(path, tone(12, 44100), 44100)
     content = path.read_bytes()
-    info = max(content.find(b"Xing"), content.find(b"Info"))  # in the first frame
-    second_frame = content.index(content[:2], info)
-    path.write_bytes(tag + content[second_frame:])
-    files = data.AudioClips(tmp_path, rate).source
-    for seed in range(3):
-        assert len(files.window(0, 10 * rate, random.Random(seed))) == 10 * rate
+    if before is None:
+        path.write_bytes(content[1000:])  # begins within a frame
+    else:
+        path.write_bytes(before + content)
+    wanted, _ = soundfile.read(path, dtype="float32")
+    assert len(wanted) > 8 * 44100
+    windows = list(data.AudioFiles(tmp_path, 44100).windows(0, 44100))
+    assert np.array_equal(np.concatenate(windows), wanted)
+
+
+def test_an_mp3_that_cannot_be_opened_in_a_tar_is_named_like_any_bad_file(tmp_path):
+    soundfile.write(tmp_path / "x.mp3", tone(3), 32000)
+    content = (tmp_path / "x.mp3").read_bytes()
+    (tmp_path / "x.mp3").write_bytes(bytes(4096) + content)
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
-        tar.add(path, "x.mp3")
-    in_tar = data.AudioClips(tmp_path / "x.tar", rate).source
-    for source in (files, in_tar):
-        samples = sum(len(window) for window in source.windows(0, 10 * rate))
-        assert samples / rate == pytest.approx(22, abs=0.2)
+        tar.add(tmp_path / "x.mp3", "x.mp3")
+    clip, _, bad = data.AudioClips(tmp_path / "x.tar").read(0, 0)
+    assert clip is None
+    assert bad[0][0] == "x.tar/x.mp3"
+
+
+@pytest.mark.parametrize(
+    "suffix, container, subtype",
+    [("wav", "WAV", "GSM610"), ("au", "AU", "G721_32"), ("wav", "WAV", "NMS_ADPCM_16")],
+)
+def test_a_format_without_seeking_is_read_from_any_place(tmp_path, suffix, container, subtype):
+    path = tmp_path / f"x.{suffix}"
+    soundfile.write(path, noise(90, 8000), 8000, subtype, format=container)
+    wanted, _ = soundfile.read(path, dtype="float32")
+    files = data.AudioFiles(tmp_path, 8000)
+    assert np.array_equal(np.concatenate(list(files.windows(0, 40000))), wanted)
+    late = files.window(0, 40000, SimpleNamespace(random=lambda: 0.99))
+    start = int(0.99 * (len(wanted) - 40000 + 1))
+    assert np.array_equal(late, wanted[start : start + 40000])
 
 
 # ================================================================================================
@@ -956,6 +999,7 @@ def test_scan_counts_and_writes_nothing(tmp_path):
     before = sorted(tmp_path.rglob("*"))
     done = run_python("data.py", "scan", folder, env={"PYTHONIOENCODING": "ascii"})
     assert sorted(tmp_path.rglob("*")) == before
+    assert done.stderr == ""  # no bar where it is no terminal
     lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
     assert lines[0].startswith("b\\xe4d.wav: ")
     for line in ("6 recordings", "1 unreadable", "1 silent", "4 32000 Hz", "1 2 channels"):
