@@ -280,7 +280,7 @@ def map_shard(path):
 
 
 class SyntheticSounds:
-    """Sound without a download: each window adds up some places of a tape of sweeps and bursts."""
+    """Sound without a download: each window adds up four places of a tape of fading tones."""
 
     silence = 0.0
     fingerprint = "synthetic clips"
@@ -288,16 +288,10 @@ class SyntheticSounds:
     def __init__(self, sample_rate: int, num_clips: int):
         self.rate = sample_rate
         self.num_clips = num_clips
-        rng = np.random.default_rng(0)
-        t = np.arange(sample_rate) / sample_rate  # a second
-        sounds = []
-        for _ in range(60):
-            first_hertz, last_hertz = 80 * 2 ** rng.uniform(0, 6, size=2)
-            sweep = np.sin(2 * np.pi * (first_hertz * t + (last_hertz - first_hertz) * t**2 / 2))
-            burst = 0.3 * rng.standard_normal(len(t))
-            fading = np.exp(-t / rng.uniform(0.05, 1))
-            sounds += [sweep * fading, burst * fading]
-        self.tape = np.concatenate(sounds).astype(np.float32)
+        hertz = 80 * 2 ** np.random.default_rng(0).uniform(0, 6, size=(120, 1))
+        t = np.arange(sample_rate) / sample_rate  # a second for each tone
+        tones = np.sin(2 * np.pi * hertz * t) * np.exp(-4 * t)
+        self.tape = tones.astype(np.float32).flatten()
 
     def __len__(self):
         return self.num_clips
