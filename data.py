@@ -548,20 +548,19 @@ def walk(root):
 def read_list(path):
     """The paths in a list, relative to its folder. ValueError: some are no files."""
     is_txt = path.lower().endswith(b".txt")
-    is_tsv = path.lower().endswith(b".tsv")
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         if is_txt:
             names = file.read().splitlines()
         else:
-            delimiter = "\t" if is_tsv else ","
+            delimiter = "," if path.lower().endswith(b".csv") else "\t"
             names = [row[0] for row in csv.reader(file, delimiter=delimiter) if row]
     names = [os.fsencode(name) for name in names if name.strip()]
     folder = os.path.dirname(path)
     if not names:
         return []
     first = os.path.join(folder, names[0])
-    if is_tsv and os.path.isdir(first):  # fairseq: a root, paths below it
-        names = [os.path.join(names[0], name) for name in names[1:]]
+    if len(names) > 1 and os.path.isdir(first):  # fairseq: a root, paths below it
+        names = [names[0] + b"/" + name for name in names[1:]]
     elif not (is_txt or os.path.exists(first) or first.lower().endswith((*AUDIO, b".tar"))):
         names = names[1:]  # the first is a title
     missing = [name for name in names if not os.path.isfile(os.path.join(folder, name))]

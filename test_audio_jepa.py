@@ -668,11 +668,11 @@ def test_a_sparse_member_of_a_tar_is_left_out_and_named(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["list.txt", "list.csv", "list.tsv"])
-@pytest.mark.parametrize("names", [["a", "b"], ["a/000.wav", "b"], ["a", "b", "a/000.wav"]])
+@pytest.mark.parametrize("names", ["a", "a b", "a/000.wav b", "a {folder}/a/000.wav"])
 def test_a_list_with_folders_is_refused_and_told_what_to_do(tmp_path, name, names):
     corpus(tmp_path / "a", 1)
     corpus(tmp_path / "b", 1)
-    (tmp_path / name).write_text("\n".join(names))
+    (tmp_path / name).write_text(names.format(folder=tmp_path).replace(" ", "\n"))
     with pytest.raises(ValueError, match="name no file.*for several folders, put links"):
         data.AudioClips(tmp_path / name)
 
