@@ -808,7 +808,7 @@ def main():
             scan(files)
         else:
             pack(files, args.out)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # the last: a worker that was killed
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -995,6 +995,18 @@ def test_what_cannot_be_packed_is_said_in_one_line(tmp_path):
     assert "is packed" in done.stderr
 
 
+def test_a_killed_worker_of_scan_is_said_in_one_line(tmp_path):
+    os.mkfifo(tmp_path / "hangs.wav")  # reading it never returns
+    with start("data.py", "scan", tmp_path) as process:
+        while not children(process):
+            time.sleep(0.1)
+        os.kill(children(process)[0], signal.SIGKILL)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    (line,) = errors.splitlines()
+    assert line.startswith("error: DataLoader worker")
+
+
 def test_scan_counts_and_writes_nothing(tmp_path):
     folder = corpus(tmp_path / "c", 4)
     soundfile.write(folder / "silent.flac", np.zeros((44100, 2)), 44100)
