@@ -1682,11 +1682,15 @@ def test_processes_that_disagree_end_together(tmp_path, what):
     for rank in range(2):
         env = environment_of(rank, port)
         runs.append(start("train.py", *TINY, *flags[rank], env=env))
-    for rank in range(2):
-        _, errors = runs[rank].communicate(timeout=120)
-        assert runs[rank].returncode == 2
-        (line,) = errors.splitlines()
-        assert line.startswith(f"error: process {rank}: {what} is ")
+    try:
+        for rank in range(2):
+            _, errors = runs[rank].communicate(timeout=120)
+            assert runs[rank].returncode == 2
+            (line,) = errors.splitlines()
+            assert line.startswith(f"error: process {rank}: {what} is ")
+    finally:
+        for process in runs:
+            process.kill()
 
 
 def test_world_size_without_a_launcher_is_one_process(tmp_path, reference):

@@ -649,6 +649,7 @@ def resume(run, checkpoint, settings):
         value = settings.get(name)
         if before != value:
             flag = "--" + name.replace("_", "-")
+            end_processes()
             fail(
                 f"{flag} is {value}, but the run in {run.args.out} has {before}: "
                 f"keep to it, or use --init {run.args.out}/last.pt with another --out"
@@ -680,6 +681,7 @@ def start_from(run, first_weights):
             try:
                 network.load_state_dict(first_weights[name])
             except RuntimeError:
+                end_processes()
                 fail(f"--init {run.args.init} does not fit --model {run.args.model}")
 
 
@@ -868,6 +870,7 @@ def refuse_disagreement(settings):
     for rank, others in enumerate(of_all):
         for name, value in settings.items():
             if others[name] != value:
+                end_processes()  # together: gloo aborts where a connection is lost
                 fail(
                     f"{name} is {value}, but {others[name]} in process {rank}: all need the same "
                     "flags and data, and one --out that they share"
