@@ -140,9 +140,16 @@ def children(process):
     return [int(number) for number in found.stdout.split()]
 
 
+class Program(subprocess.Popen):
+    def __exit__(self, error, *rest):
+        if error is not None:
+            self.kill()  # else a test that falls would wait for its end
+        super().__exit__(error, *rest)
+
+
 def start(*command, env=None):
     """Start a program that the test will interrupt."""
-    return subprocess.Popen(
+    return Program(
         [sys.executable, *map(str, command)],
         cwd=HERE,
         stdout=subprocess.PIPE,
@@ -1298,6 +1305,7 @@ def test_lines_are_printed_as_they_come_and_a_reader_who_goes_away_ends_nothing(
         while not process.stdout.readline().startswith("step 1 "):
             assert process.poll() is None
         process.stdout.close()
+        wait_for_step(tmp_path, 1)
         logged = (tmp_path / "log.csv").read_text().count("\n") - 1
         wait_for_step(tmp_path, 20 * logged + 20)
         process.send_signal(signal.SIGTERM)
