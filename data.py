@@ -50,7 +50,7 @@ from torchaudio.compliance import kaldi
 from tqdm import tqdm
 
 FRAMES_PER_SECOND = 25.6  # 256 frames in 10 s, and as many per second in clips of another length
-PATCH_SECONDS = 0.625  # 16 frames, a patch unless --patch says otherwise
+PATCH_SECONDS = 0.625  # a patch, 16 frames
 MEL_BINS = 128
 FLOOR = torch.finfo(torch.float32).eps  # Kaldi's least power: silence becomes log(FLOOR) = -15.9
 UNREADABLE = (OSError, ValueError, RuntimeError)  # what reading a bad recording may raise
@@ -197,25 +197,16 @@ class AudioFiles(Recordings):
         super().__init__(root, entries)
         self.rate = sample_rate
 
-    def open(self, i: int) -> soundfile.SoundFile:
+    def open(self, i: int) -> "Sound":
         name, *place = self.entries[i].split(b"\0")
-        file = os.path.join(self.root, name)
-        is_mp3 = name.lower().endswith(b".mp3")
-        content = None
+        file = os.path.join(self.root, name)  # its ending helps libsndfile to find an MP3's start
         if place:
             shard, offset, size = place
             with open(os.path.join(self.root, shard), "rb") as tar:
                 tar.seek(int(offset))
-                content = tar.read(int(size))
-        elif is_mp3:
-            with open(file, "rb") as mp3:
-                content = mp3.read()
-        if is_mp3:
-            content = with_info_frame(content)
-        if content is not None:
-            file = io.BytesIO(content)
+                file = io.BytesIO(tar.read(int(size)))
         try:
-            return soundfile.SoundFile(file)
+            return Sound(file)
         except soundfile.LibsndfileError as error:
             raise ValueError(error.error_string) from None  # without the path, which is known
 
@@ -246,7 +237,7 @@ class AudioFiles(Recordings):
             begin = 0
             for number in itertools.count(1):
                 end = round(number * length * sound.samplerate / self.rate)
-                waveform = decode(sound, begin, end - begin)
+                waveform = decode(sound, 0, end - begin)
                 if len(waveform) == 0:
                     break
                 yield resample(waveform, sound.samplerate, self.rate)[:length]
@@ -289,7 +280,7 @@ def map_shard(path):
 
 
 class SyntheticSounds:
-    """Sound without a download: each window adds up some places of a tape of sweeps and bursts."""
+    """Sound without a download: each window adds up four places of a tape of fading tones."""
 
     silence = 0.0
     fingerprint = "synthetic clips"
@@ -297,16 +288,10 @@ class SyntheticSounds:
     def __init__(self, sample_rate: int, num_clips: int):
         self.rate = sample_rate
         self.num_clips = num_clips
-        rng = np.random.default_rng(0)
-        t = np.arange(sample_rate) / sample_rate  # a second
-        sounds = []
-        for _ in range(60):
-            first_hertz, last_hertz = 80 * 2 ** rng.uniform(0, 6, size=2)
-            sweep = np.sin(2 * np.pi * (first_hertz * t + (last_hertz - first_hertz) * t**2 / 2))
-            burst = 0.3 * rng.standard_normal(len(t))
-            fading = np.exp(-t / rng.uniform(0.05, 1))
-            sounds += [sweep * fading, burst * fading]
-        self.tape = np.concatenate(sounds).astype(np.float32)
+        hertz = 80 * 2 ** np.random.default_rng(0).uniform(0, 6, size=(120, 1))
+        t = np.arange(sample_rate) / sample_rate  # a second for each tone
+        tones = np.sin(2 * np.pi * hertz * t) * np.exp(-4 * t)
+        self.tape = tones.astype(np.float32).flatten()
 
     def __len__(self):
         return self.num_clips
@@ -561,25 +546,28 @@ def walk(root):
 
 
 def read_list(path):
-    """The paths in a list, relative to its folder. ValueError: files are missing."""
+    """The paths in a list, relative to its folder. ValueError: some are no files."""
+    is_txt = path.lower().endswith(b".txt")
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        if path.lower().endswith(b".txt"):
+        if is_txt:
             names = file.read().splitlines()
         else:
             delimiter = "," if path.lower().endswith(b".csv") else "\t"
             names = [row[0] for row in csv.reader(file, delimiter=delimiter) if row]
     names = [os.fsencode(name) for name in names if name.strip()]
     folder = os.path.dirname(path)
-    if names and os.path.isdir(os.path.join(folder, names[0])):  # fairseq: a root, paths below it
-        names = [os.path.join(names[0], name) for name in names[1:]]
+    if not names:
+        return []
+    first = os.path.join(folder, names[0])
+    if len(names) > 1 and os.path.isdir(first):  # fairseq: a root, paths below it
+        names = [names[0] + b"/" + name for name in names[1:]]
+    elif not (is_txt or os.path.exists(first) or first.lower().endswith((*AUDIO, b".tar"))):
+        names = names[1:]  # the first is a title
     missing = [name for name in names if not os.path.isfile(os.path.join(folder, name))]
-    has_header = bool(missing) and missing[0] == names[0] and not path.lower().endswith(b".txt")
-    if has_header and not names[0].lower().endswith((*AUDIO, b".tar")):  # a title, and no sound
-        missing = missing[1:]
-        names = names[1:]
     if missing:
-        count = f"{len(missing)} of its {len(names)} files do not exist"
-        raise ValueError(f"{printable(path)}: {count}, as {printable(missing[0])}; {WANTED}")
+        count = f"{len(missing)} of its {len(names)} lines name no file, as {printable(missing[0])}"
+        hint = "for several folders, put links to them into one"
+        raise ValueError(f"{printable(path)}: {count} ({hint}); {WANTED}")
     return names
 
 
@@ -589,7 +577,11 @@ def tar_members(root, shard):
         with tarfile.open(os.path.join(root, shard), "r:") as tar:
             for member in tar:
                 name = os.fsencode(os.path.normpath(member.name))  # not ./name
-                if member.isfile() and name.lower().endswith(AUDIO):
+                if not member.isfile() or not name.lower().endswith(AUDIO):
+                    continue
+                if member.issparse():  # its bytes do not lie in one piece
+                    warn(f"left out: {printable(name)} is a sparse member of {printable(shard)}")
+                else:
                     place = (shard, b"%d" % member.offset_data, b"%d" % member.size)
                     yield b"\0".join([shard + b"/" + name, *place])
     except (tarfile.TarError, OSError) as error:
@@ -605,49 +597,24 @@ def printable(name: str | bytes | os.PathLike) -> str:
     return repr(os.fsdecode(name))[1:-1]
 
 
-# Bytes in a frame of the bit rate 9 of 15, by the second byte of its header (the version of MPEG)
-# and the number of its sample rate.
-MP3_FRAMES = {0xFB: (417, 384, 576), 0xF3: (261, 240, 360), 0xE3: (522, 480, 720)}
+class Sound(soundfile.SoundFile):
+    def seekable(self):
+        """Or soundfile would seek after each read, which leaves 60 ms of silence in an MP3."""
+        return False
 
 
-def with_info_frame(mp3: bytes) -> bytes:
-    """Put a frame that tells the length before an MP3 that has none.
-
-    Without one, libsndfile guesses the length from the bit rate of the first frame, and reads no
-    further, even if that is a seventh of the sound. Ours promises hours: then it reads to the end.
-    """
-    start = 0
-    if mp3.startswith(b"ID3") and len(mp3) > 10:  # a tag, its size in four times 7 bits
-        start = 10 + (mp3[6] << 21 | mp3[7] << 14 | mp3[8] << 7 | mp3[9])
-    beginning = mp3[start : start + 200]
-    if len(beginning) < 200 or b"Xing" in beginning or b"Info" in beginning:
-        return mp3
-    kind = beginning[1] | 1  # this bit says that there is no checksum
-    rate = beginning[2] >> 2 & 3
-    channels = beginning[3]
-    if beginning[0] != 0xFF or kind not in MP3_FRAMES or rate == 3:
-        return mp3
-    side_bytes = 17  # between the header and "Xing"
-    if kind == 0xFB and channels < 0xC0:  # stereo
-        side_bytes = 32
-    if kind != 0xFB and channels >= 0xC0:  # mono
-        side_bytes = 9
-    frame = bytes([0xFF, kind, 0x90 | rate << 2, channels]) + bytes(side_bytes)
-    frame += b"Xing" + b"\0\0\0\1" + b"\0\x10\0\0"  # a flag, the number of frames
-    return mp3[:start] + frame.ljust(MP3_FRAMES[kind][rate], b"\0") + mp3[start:]
-
-
-def decode(sound, start, count):
-    """`count` samples from `start` on, or as many as there are -> mono float32, at the file's rate.
+def decode(sound, skip, count):
+    """Skip samples from where `sound` stands, then `count` of them, or as many as there are
+    -> mono float32, at the file's rate.
 
     Of a damaged file, what comes before the damage. ValueError if it holds NaN or Inf.
     """
-    try:
-        if start - sound.tell() > SEEK_SECONDS * sound.samplerate:
-            sound.seek(start)
-    except RuntimeError:  # beyond the end of a file that was cut
-        return np.empty(0, np.float32)
-    skip = start - sound.tell()
+    if skip > SEEK_SECONDS * sound.samplerate:
+        try:
+            sound.seek(skip, os.SEEK_CUR)
+            skip = 0
+        except RuntimeError:  # beyond the end of a file that was cut, or of a kind without seeking
+            return np.empty(0, np.float32)
     missing = skip + count
     parts = [np.empty(0, np.float32)]
     while missing > 0:
@@ -711,7 +678,6 @@ def leave_signals_to_the_main_process(_):
     """Ctrl-C and Slurm signal all processes of a run. A worker must not die of that, as the main
     process needs it to finish its step. It does die of a SIGTERM from the main process itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         threading.Thread(target=die_with_the_main_process, daemon=True).start()
@@ -775,7 +741,7 @@ def look_at(files, i):
 def scan(files):
     """Print what a set holds."""
     counts = Counter(recordings=len(files))
-    for i, answer, reason in tqdm(in_workers(look_at, files)):
+    for i, answer, reason in tqdm(in_workers(look_at, files), disable=None):
         if reason is not None:
             tqdm.write(f"{printable(files.name(i))}: {reason}")
             counts["unreadable"] += 1
@@ -812,7 +778,7 @@ def pack(files, out):
     entries = []
     first = 0
     with whole_file(os.path.join(out, "frames.f16")) as file:
-        for i, frames, reason in tqdm(in_workers(work, files)):
+        for i, frames, reason in tqdm(in_workers(work, files), disable=None):
             if reason is not None:
                 tqdm.write(f"left out: {printable(files.name(i))}: {reason}")
                 continue
@@ -834,14 +800,15 @@ def main():
     parser.add_argument("out", nargs="?", default="packed", help="folder that pack writes")
     parser.add_argument("--sample-rate", type=int, default=32000, help="of pack, in Hz")
     args = parser.parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know a name's letters
+    # A terminal may not know a name's letters, and a log is read while it is written.
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         files = AudioFiles(args.path, args.sample_rate)
         if args.command == "scan":
             scan(files)
         else:
             pack(files, args.out)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # the last: a worker that was killed
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -16,7 +16,7 @@ The whole method in one picture (Fig. 1 of the paper; the numbers are the defaul
 Letters in the shape comments: B clips, N patches of a clip, C context (visible) patches, M masked
 patches (C + M = N), D encoder width, P predictor width, H heads, L tokens of any sequence.
 
-`python model.py` prints the parameters and the arithmetic of every preset.
+`python model.py` prints the parameters of every preset.
 """
 
 import math
@@ -25,7 +25,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +33,7 @@ class JEPAConfig:
 
     time_bins: int = 256  # spectrogram frames in a clip
     mel_bins: int = 128
-    patch_size: int | tuple[int, int] = 16  # frames and mel bands, or one number for both
+    patch_size: tuple[int, int] = (16, 16)  # frames and mel bands
     dim: int = 768
     depth: int = 12
     heads: int = 12
@@ -47,8 +46,8 @@ class JEPAConfig:
 
     def __post_init__(self):
         must_divide = [
-            ("time_bins", self.patch[0], "frames of a patch"),
-            ("mel_bins", self.patch[1], "bands of a patch"),
+            ("time_bins", self.patch_size[0], "frames of a patch"),
+            ("mel_bins", self.patch_size[1], "bands of a patch"),
             # Rotary positions turn pairs of features (x 2) along two axes (x 2) in each head.
             ("dim", 4 * self.heads, "= 4 x heads"),
             ("predictor_dim", 4 * self.predictor_heads, "= 4 x heads of the predictor"),
@@ -61,16 +60,9 @@ class JEPAConfig:
             raise ValueError(f"positions {self.positions}: sincos or rotary is needed")
 
     @property
-    def patch(self) -> tuple[int, int]:
-        """(frames, mel bands) of a patch"""
-        if isinstance(self.patch_size, int):
-            return self.patch_size, self.patch_size
-        return self.patch_size
-
-    @property
     def grid(self) -> tuple[int, int]:
         """(patches in time, patches in mel)"""
-        return self.time_bins // self.patch[0], self.mel_bins // self.patch[1]
+        return self.time_bins // self.patch_size[0], self.mel_bins // self.patch_size[1]
 
 
 PRESETS = {
@@ -257,7 +249,7 @@ class VisionTransformer(nn.Module):
     def __init__(self, config: JEPAConfig):
         super().__init__()
         self.config = config
-        self.patch_embed = nn.Linear(math.prod(config.patch), config.dim)
+        self.patch_embed = nn.Linear(math.prod(config.patch_size), config.dim)
         self.register_buffer("pos_embed", position_table(config, config.dim, config.heads))
         blocks = [Block(config.dim, config.heads, config.mlp_ratio) for _ in range(config.depth)]
         self.blocks = nn.ModuleList(blocks)
@@ -276,7 +268,7 @@ class VisionTransformer(nn.Module):
         if (time, mel) != (config.time_bins, config.mel_bins):
             wanted = f"{config.time_bins} x {config.mel_bins}"
             raise ValueError(f"a spectrogram of {time} x {mel}, this encoder takes {wanted}")
-        patch_time, patch_mel = config.patch
+        patch_time, patch_mel = config.patch_size
         t, f = config.grid
         patches = spectrogram.reshape(B, t, patch_time, f, patch_mel)
         patches = patches.transpose(2, 3)  # [B, t, f, 16, 16]
@@ -331,10 +323,10 @@ class Predictor(nn.Module):
 
 
 # A loss takes predictions and targets [B, M, D] and averages over the masked tokens. Eq. (2) is a
-# squared distance: it sums over the width D, so that it starts near D. The other two do not sum
-# over D, as in I-JEPA's code and in the authors': they are about D times smaller. AdamW divides a
-# gradient by its own size, so that the learning rate need not change. But the weight of the term
-# against collapse, below, must be about D times smaller with them.
+# squared distance: it sums over the width D, so that it starts near D. The cosine does not sum over
+# D, and is about D times smaller. AdamW divides a gradient by its own size, so that the learning
+# rate need not change. But the weight of the term against collapse, below, must be about D times
+# smaller with the cosine.
 
 
 def l2_loss(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -363,7 +355,7 @@ def variance_covariance(tokens: torch.Tensor) -> torch.Tensor:
     return 25 * too_small + correlated
 
 
-LOSSES = {"l2": l2_loss, "smooth_l1": F.smooth_l1_loss, "cosine": cosine_loss}
+LOSSES = {"l2": l2_loss, "cosine": cosine_loss}
 
 
 def normalise_targets(targets: torch.Tensor, within: str = "token") -> torch.Tensor:
@@ -427,35 +419,16 @@ class JEPA(nn.Module):
 # The method ends here. What follows only counts.
 
 
-def gflops_per_clip(config: JEPAConfig) -> float:
-    """Matrix products of a training step for one clip, half of it masked, in GFLOP.
-
-    A backward pass costs twice its forward pass, and the target encoder has none.
-    """
-    half = math.prod(config.grid) // 2
-    with torch.device("meta"):  # sizes only: no memory, no arithmetic
-        jepa = JEPA(config)
-        spectrogram = torch.empty(1, 1, config.time_bins, config.mel_bins)
-        idx = torch.empty(1, half, dtype=torch.int64)
-        targets = torch.empty(1, 2 * half, config.dim)
-        with FlopCounterMode(display=False) as target:
-            jepa.context_encoder(spectrogram)
-        with FlopCounterMode(display=False) as trained:
-            jepa(spectrogram, idx, idx, targets)
-    return (target.get_total_flops() + 3 * trained.get_total_flops()) / 1e9
-
-
 def count_millions(network: nn.Module) -> float:
     """Parameters and buffers, in millions: the paper counts the position table as well."""
     return sum(tensor.numel() for tensor in network.state_dict().values()) / 1e6
 
 
 if __name__ == "__main__":
-    print("preset     encoder  predictor    trained  GFLOP a clip and step")
+    print("preset     encoder  predictor    trained")
     for preset, config in PRESETS.items():
         with torch.device("meta"):
             encoder = count_millions(VisionTransformer(config))
             predictor = count_millions(Predictor(config))
         trained = encoder + predictor
-        sizes = f"{preset:8}{encoder:8.2f} M {predictor:8.2f} M {trained:8.2f} M"
-        print(f"{sizes}{gflops_per_clip(config):23.1f}")
+        print(f"{preset:8}{encoder:8.2f} M {predictor:8.2f} M {trained:8.2f} M")

@@ -22,11 +22,13 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
 import threading
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -138,14 +140,22 @@ def children(process):
     return [int(number) for number in found.stdout.split()]
 
 
-def start(*command):
+class Program(subprocess.Popen):
+    def __exit__(self, error, *rest):
+        if error is not None:
+            self.kill()  # else a test that falls would wait for its end
+        super().__exit__(error, *rest)
+
+
+def start(*command, env=None):
     """Start a program that the test will interrupt."""
-    return subprocess.Popen(
+    return Program(
         [sys.executable, *map(str, command)],
         cwd=HERE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env=os.environ | (env or {}),
     )
 
 
@@ -651,6 +661,29 @@ def test_every_layout_gives_the_recordings_of_the_folder(tmp_path, layout):
         assert torch.equal(clips[i], wanted[i])
 
 
+def test_a_sparse_member_of_a_tar_is_left_out_and_named(tmp_path, capsys):
+    write_level(tmp_path / "a.wav", 0.25)
+    with open(tmp_path / "a.wav", "r+b") as file:
+        file.truncate(2**22)  # a hole at its end
+    write_level(tmp_path / "b.wav", 0.5)
+    tar = ["tar", "--sparse", "-cf", tmp_path / "x.tar", "-C", tmp_path, "a.wav", "b.wav"]
+    subprocess.run(tar, check=True)
+    clips = data.AudioClips(tmp_path / "x.tar")
+    assert len(clips) == 1
+    assert (clips[0] == 0.5).all()
+    assert "a.wav is a sparse member" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["list.txt", "list.csv", "list.tsv"])
+@pytest.mark.parametrize("names", ["a", "a b", "a/000.wav b", "a {folder}/a/000.wav"])
+def test_a_list_with_folders_is_refused_and_told_what_to_do(tmp_path, name, names):
+    corpus(tmp_path / "a", 1)
+    corpus(tmp_path / "b", 1)
+    (tmp_path / name).write_text(names.format(folder=tmp_path).replace(" ", "\n"))
+    with pytest.raises(ValueError, match="name no file.*for several folders, put links"):
+        data.AudioClips(tmp_path / name)
+
+
 def test_links_are_followed_to_each_folder_once_and_hidden_files_are_not_audio(tmp_path):
     folder = corpus(tmp_path / "elsewhere", 2)
     (tmp_path / "set").mkdir()
@@ -757,30 +790,50 @@ def test_a_flac_of_unknown_length_is_read_to_its_end(tmp_path):
     assert sum(len(window) for window in files.windows(0, 40000)) == 40 * 8000
 
 
-@pytest.mark.parametrize("rate", [8000, 22050, 48000])
-@pytest.mark.parametrize("channels", [1, 2])
-@pytest.mark.parametrize("mode", ["CONSTANT", "VARIABLE"])
-@pytest.mark.parametrize("tag", [b"", b"ID3\3\0\0\0\x10\0\0" + bytes(2**18)])  # a cover picture
-def test_an_mp3_that_does_not_tell_its_length_is_read_to_its_end(
-    tmp_path, rate, channels, mode, tag
-):
+ID3 = b"ID3\3\0\0\0\0\0\x40" + bytes(64)  # a tag, as an MP3 begins
+
+
+@pytest.mark.parametrize(
+    "before", [b"", ID3 + bytes(100), ID3 + ID3, b"\n", bytes(4096), b"ICY 200 OK\r\n\r\n", None]
+)
+def test_an_mp3_is_read_as_far_as_soundfile_reads_its_path(tmp_path, before):
     path = tmp_path / "x.mp3"
-    loud_then_soft = np.concatenate([noise(2, rate), tone(20, rate)])  # many bits, then few
-    waveform = np.stack(channels * [loud_then_soft], axis=1)
-    soundfile.write(path, waveform, rate, bitrate_mode=mode, compression_level=0.3)
+    soundfile.write(path, tone(12, 44100), 44100)
     content = path.read_bytes()
-    info = max(content.find(b"Xing"), content.find(b"Info"))  # in the first frame
-    second_frame = content.index(content[:2], info)
-    path.write_bytes(tag + content[second_frame:])
-    files = data.AudioClips(tmp_path, rate).source
-    for seed in range(3):
-        assert len(files.window(0, 10 * rate, random.Random(seed))) == 10 * rate
+    if before is None:
+        path.write_bytes(content[1000:])  # begins within a frame
+    else:
+        path.write_bytes(before + content)
+    wanted, _ = soundfile.read(path, dtype="float32")
+    assert len(wanted) > 8 * 44100
+    windows = list(data.AudioFiles(tmp_path, 44100).windows(0, 44100))
+    assert np.array_equal(np.concatenate(windows), wanted)
+
+
+def test_an_mp3_that_cannot_be_opened_in_a_tar_is_named_like_any_bad_file(tmp_path):
+    soundfile.write(tmp_path / "x.mp3", tone(3), 32000)
+    content = (tmp_path / "x.mp3").read_bytes()
+    (tmp_path / "x.mp3").write_bytes(bytes(4096) + content)
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
-        tar.add(path, "x.mp3")
-    in_tar = data.AudioClips(tmp_path / "x.tar", rate).source
-    for source in (files, in_tar):
-        samples = sum(len(window) for window in source.windows(0, 10 * rate))
-        assert samples / rate == pytest.approx(22, abs=0.2)
+        tar.add(tmp_path / "x.mp3", "x.mp3")
+    clip, _, bad = data.AudioClips(tmp_path / "x.tar").read(0, 0)
+    assert clip is None
+    assert bad[0][0] == "x.tar/x.mp3"
+
+
+@pytest.mark.parametrize(
+    "suffix, container, subtype",
+    [("wav", "WAV", "GSM610"), ("au", "AU", "G721_32"), ("wav", "WAV", "NMS_ADPCM_16")],
+)
+def test_a_format_without_seeking_is_read_from_any_place(tmp_path, suffix, container, subtype):
+    path = tmp_path / f"x.{suffix}"
+    soundfile.write(path, noise(90, 8000), 8000, subtype, format=container)
+    wanted, _ = soundfile.read(path, dtype="float32")
+    files = data.AudioFiles(tmp_path, 8000)
+    assert np.array_equal(np.concatenate(list(files.windows(0, 40000))), wanted)
+    late = files.window(0, 40000, SimpleNamespace(random=lambda: 0.99))
+    start = int(0.99 * (len(wanted) - 40000 + 1))
+    assert np.array_equal(late, wanted[start : start + 40000])
 
 
 # ================================================================================================
@@ -949,6 +1002,18 @@ def test_what_cannot_be_packed_is_said_in_one_line(tmp_path):
     assert "is packed" in done.stderr
 
 
+def test_a_killed_worker_of_scan_is_said_in_one_line(tmp_path):
+    os.mkfifo(tmp_path / "hangs.wav")  # reading it never returns
+    with start("data.py", "scan", tmp_path) as process:
+        while not children(process):
+            time.sleep(0.1)
+        os.kill(children(process)[0], signal.SIGKILL)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    (line,) = errors.splitlines()
+    assert line.startswith("error: DataLoader worker")
+
+
 def test_scan_counts_and_writes_nothing(tmp_path):
     folder = corpus(tmp_path / "c", 4)
     soundfile.write(folder / "silent.flac", np.zeros((44100, 2)), 44100)
@@ -956,6 +1021,7 @@ def test_scan_counts_and_writes_nothing(tmp_path):
     before = sorted(tmp_path.rglob("*"))
     done = run_python("data.py", "scan", folder, env={"PYTHONIOENCODING": "ascii"})
     assert sorted(tmp_path.rglob("*")) == before
+    assert done.stderr == ""  # no bar where it is no terminal
     lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
     assert lines[0].startswith("b\\xe4d.wav: ")
     for line in ("6 recordings", "1 unreadable", "1 silent", "4 32000 Hz", "1 2 channels"):
@@ -1218,17 +1284,59 @@ def test_torchrun_restarts_a_run_whose_process_was_killed(tmp_path):
     assert column(log, "step") == list(range(1, 21))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_all_processes_ends_a_run_within_the_step(tmp_path, number):
     flags = [*TINY, "--steps", 100000, "--workers", 2, "--out", tmp_path]
     with start("train.py", *flags) as process:
         wait_for_step(tmp_path, 3)
         for pid in [*children(process), process.pid]:  # as Slurm and Ctrl-C do
             os.kill(pid, number)
+        assert "\n" == process.stderr.readline()  # to leave the line of the bar
+        assert "stopping after this step" in process.stderr.readline()
         printed, _ = process.communicate(timeout=30)
     assert process.returncode == 0
     assert "of 100000 steps done" in printed
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] >= 3
+
+
+def test_lines_are_printed_as_they_come_and_a_reader_who_goes_away_ends_nothing(tmp_path):
+    flags = [*TINY, "--steps", 100000, "--log-every", 20, "--out", tmp_path]
+    with start("train.py", *flags, env={"PYTHONUNBUFFERED": ""}) as process:
+        while not process.stdout.readline().startswith("step 1 "):
+            assert process.poll() is None
+        process.stdout.close()
+        wait_for_step(tmp_path, 1)
+        logged = (tmp_path / "log.csv").read_text().count("\n") - 1
+        wait_for_step(tmp_path, 20 * logged + 20)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    assert logged < 5
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] > 20 * logged
+
+
+def test_a_killed_worker_ends_a_run_and_the_line_says_what_helps(tmp_path):
+    flags = [*TINY, "--steps", 100000, "--workers", 1, "--out", tmp_path]
+    with start("train.py", *flags) as process:
+        wait_for_step(tmp_path, 3)
+        (worker,) = children(process)
+        os.kill(worker, signal.SIGKILL)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    (line,) = errors.splitlines()
+    assert "killed" in line or "exited" in line
+    assert "fewer --workers" in line
+
+
+def test_a_full_disk_is_said_in_one_line(tmp_path):
+    def small_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+
+    flags = [*TINY, "--steps", 1, "--warmup", 0, "--out", tmp_path]
+    done = run_python("train.py", *flags, code=1, preexec_fn=small_files)
+    (line,) = done.stderr.splitlines()
+    assert "cannot write" in line
+    assert "last.pt" in line
+    assert not (tmp_path / "last.pt").exists()
 
 
 def test_a_second_signal_ends_a_run_that_hangs(tmp_path):
@@ -1254,9 +1362,9 @@ def test_a_run_without_shared_memory_ends_and_says_what_helps(tmp_path):
 
     flags = [*TINY, "--workers", 1, "--out", tmp_path]
     done = run_python("train.py", *flags, code=2, preexec_fn=small_files)
-    last_line = done.stderr.strip().splitlines()[-1]
-    assert "--shm-size" in last_line
-    assert "--workers 0" in last_line
+    (line,) = done.stderr.splitlines()
+    assert "--shm-size" in line
+    assert "--workers 0" in line
 
 
 def test_a_signal_while_the_data_is_measured_is_heard(tmp_path):
@@ -1301,7 +1409,39 @@ def test_a_changed_setting_is_named_and_refused(tmp_path, capsys):
     ]
     for change in changes:
         flags = [*TINY, "--steps", "6", "--out", tmp_path]
-        assert change[0] in error_line(capsys, *flags, *change)
+        line = error_line(capsys, *flags, *change)
+        assert change[0] in line
+        assert f"--init {tmp_path}/last.pt" in line  # which is the way to change it
+
+
+def test_a_kept_checkpoint_in_the_place_of_the_last_one_is_refused_and_init_is_named(
+    tmp_path, capsys
+):
+    pretrain(tmp_path, "--save-every", 8)
+    shutil.copy(tmp_path / "step-0000008.pt", tmp_path / "last.pt")
+    line = error_line(capsys, *TINY, "--save-every", 8, "--out", tmp_path)
+    assert f"no optimizer: use --init {tmp_path}/last.pt" in line
+
+
+def test_a_continued_run_does_not_keep_its_checkpoint_in_memory(tmp_path, monkeypatch):
+    interrupted(tmp_path, 5)
+    load_checkpoint = train.load_checkpoint
+    train_step = train.train_step
+    weights = []
+
+    def load_and_remember(path):
+        checkpoint = load_checkpoint(path)
+        weights.append(weakref.ref(checkpoint["target_encoder"]["norm.weight"]))
+        return checkpoint
+
+    def step_without_it(*arguments):
+        assert weights[0]() is None
+        return train_step(*arguments)
+
+    monkeypatch.setattr(train, "load_checkpoint", load_and_remember)
+    monkeypatch.setattr(train, "train_step", step_without_it)
+    pretrain(tmp_path)
+    assert len(weights) == 1
 
 
 def test_a_folder_that_has_lost_its_last_checkpoint_is_not_begun_anew(tmp_path, capsys):
@@ -1320,7 +1460,10 @@ def test_init_begins_with_weights_of_its_size(tmp_path, capsys, reference):
     flags = [*TINY, "--out", tmp_path / "b", "--init", tmp_path / "other.pt"]
     assert "--model small" in error_line(capsys, *flags, "--model", "small")
     assert "positions sincos" in error_line(capsys, *flags, "--positions", "rotary")
-    assert "patch (16, 16)" in error_line(capsys, *flags, "--patch", 8, 32)  # as many numbers
+    reference[0]["config"]["model"]["patch_size"] = (8, 32)  # as many numbers
+    torch.save(reference[0], tmp_path / "other.pt")
+    reference[0]["config"]["model"]["patch_size"] = (16, 16)
+    assert "patch_size (8, 32)" in error_line(capsys, *flags)
 
 
 def test_whole_file_keeps_what_was_there_when_writing_fails(tmp_path):
@@ -1346,13 +1489,11 @@ def test_whole_file_keeps_what_was_there_when_writing_fails(tmp_path):
     [
         ["--mask", "block"],
         ["--loss", "cosine"],
-        ["--loss", "smooth_l1"],
         ["--amp", "bf16"],
         ["--sample-rate", "16000"],
         ["--target-norm", "clip", "--ema", "0.99", "--ema-end", "0.999"],
         ["--anti-collapse", "0.001", "--patch-scale", "3"],
         ["--positions", "rotary"],
-        ["--patch", "4", "40", "--mel-bins", "80", "--predictor-dim", "48"],
     ],
     ids=" ".join,
 )
@@ -1370,6 +1511,12 @@ def test_a_recipe_sets_flags_and_the_command_line_has_the_last_word(tmp_path, ca
     assert settings["target_norm"] == "clip"
     assert settings["lr"] == 1e-4
     assert "--model tiny" in capsys.readouterr().out
+
+
+def test_the_help_shows_the_defaults_of_the_recipe():
+    for recipe, rate in [("paper", "0.0003"), ("small", "0.002")]:
+        help_text = run_python("train.py", "--recipe", recipe, "--help").stdout
+        assert re.search(rf"--lr LR +peak learning rate \(default: {rate}\)", help_text)
 
 
 def test_auto_precision_is_kept_when_a_run_is_continued(tmp_path):
@@ -1395,21 +1542,10 @@ def test_compiled_networks_train_like_eager_ones(tmp_path, monkeypatch):
     VisionTransformer(config).load_state_dict(checkpoint["context_encoder"])  # no _orig_mod.
 
 
-def test_a_packed_folder_trains_with_its_own_mel_bands_alone(tmp_path, capsys):
+def test_a_packed_folder_trains(tmp_path):
     frames = np.random.default_rng(0).standard_normal((300, 128))
-    flags = ["--data", packed(tmp_path / "p", frames)]
-    _, log = pretrain(tmp_path / "out", *flags)
+    _, log = pretrain(tmp_path / "out", "--data", packed(tmp_path / "p", frames))
     assert float(log[-1]["loss"]) < float(log[0]["loss"])
-    error = error_line(capsys, *TINY, "--out", tmp_path / "b", *flags, "--mel-bins", 80)
-    assert "128 mel bands, not 80" in error
-
-
-def test_the_benchmark_measures_and_writes_nothing(tmp_path, capsys):
-    train.main([*TINY, "--benchmark", "--out", str(tmp_path)])
-    printed = capsys.readouterr().out
-    for word in ("reading", "log-mel", "step alone", "all together", "TFLOP/s", "GiB"):
-        assert word in printed
-    assert not list(tmp_path.iterdir())
 
 
 # ---- Bad input and bad luck
@@ -1477,9 +1613,15 @@ def test_what_is_wrong_with_the_data_is_said_in_one_line(tmp_path, capsys):
         ("--steps many", "--steps"),
         ("--sample-rate 44100", "44032 or 44160"),
         ("--clip-seconds 4", "3.75 or 4.375"),
-        ("--clip-seconds 0.4 --patch 8 16", "0.3125 or 0.625"),
+        ("--clip-seconds 0.4", "0.625 or 1.25"),
+        ("--mask-ratio 0.01 0.03", "some must be masked"),  # of 16 patches
+        ("--mask-ratio 0.5 0.98", "not all"),
+        ("--mask-ratio 0.6 0.4", "--mask-ratio"),
+        ("--ema 1.01", "between 0 and 1"),
+        ("--ema-end nan", "between 0 and 1"),
+        ("--out /proc/runs", "/proc/"),
+        ("--out /proc", "/proc/"),
         ("--model huge", "huge"),
-        ("--patch 16 24", "mel_bins = 128"),
         ("--nonsense", "--nonsense"),
     ],
 )
@@ -1490,12 +1632,15 @@ def test_what_is_wrong_with_the_flags_is_said_in_one_line(tmp_path, capsys, flag
 @pytest.mark.parametrize("damage", ["half", "empty", "text", "another format"])
 def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path, capsys, damage):
     path = tmp_path / "last.pt"
-    torch.save({"format": "another 7"}, path)
-    if damage != "another format":
+    torch.save({"format": "audio-jepa 1"}, path)
+    hint = "last.pt"
+    if damage == "another format":
+        hint = "last.pt: of the format audio-jepa 1, not audio-jepa 2"
+    else:
         whole = path.read_bytes()
         content = {"half": whole[: len(whole) // 2], "empty": b"", "text": b"text"}
         path.write_bytes(content[damage])
-    assert "last.pt" in error_line(capsys, *TINY, "--out", tmp_path)
+    assert hint in error_line(capsys, *TINY, "--out", tmp_path)
 
 
 class Hostile:
@@ -1506,6 +1651,54 @@ class Hostile:
 
     def __reduce__(self):
         return open, (str(self.path), "w")
+
+
+def test_a_launcher_that_is_not_torchrun_is_refused(tmp_path):
+    pod = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    done = run_python("train.py", *TINY, "--out", tmp_path, code=2, env=pod)
+    (line,) = done.stderr.splitlines()
+    assert "start it with torchrun" in line
+
+
+def environment_of(rank, port):
+    """What torchrun sets on the second of two machines of one process each, or on the first."""
+    numbers = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | {
+        name: str(number) for name, number in numbers.items()
+    }
+
+
+def test_a_process_that_fails_alone_says_so(tmp_path):
+    env = environment_of(1, 29500) | {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    flags = [*TINY, "--out", tmp_path, "--data", tmp_path / "away"]
+    (line,) = run_python("train.py", *flags, code=2, env=env).stderr.splitlines()
+    assert line.startswith("error: process 1: ")
+    assert "away" in line
+
+
+@pytest.mark.parametrize("what", ["step", "seed"])
+def test_processes_that_disagree_end_together(tmp_path, what):
+    flags = [["--out", tmp_path / "0"], ["--out", tmp_path / "1"]]
+    if what == "step":
+        pretrain(tmp_path / "0")
+    else:
+        flags[1] += ["--seed", 1]
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    runs = []
+    for rank in range(2):
+        env = environment_of(rank, port)
+        runs.append(start("train.py", *TINY, *flags[rank], env=env))
+    try:
+        for rank in range(2):
+            _, errors = runs[rank].communicate(timeout=120)
+            assert runs[rank].returncode == 2
+            (line,) = errors.splitlines()
+            assert line.startswith(f"error: process {rank}: {what} is ")
+    finally:
+        for process in runs:
+            process.kill()
 
 
 def test_world_size_without_a_launcher_is_one_process(tmp_path, reference):
@@ -1522,12 +1715,13 @@ def test_world_size_without_a_launcher_is_one_process(tmp_path, reference):
 def checkpoint(tmp_path_factory):
     """The paper's windows and patches, two encoders that differ, in a format that has to stay."""
     torch.manual_seed(0)
-    sizes = {"time_bins": 256, "mel_bins": 128, "patch_size": 16, "dim": 64, "depth": 2, "heads": 1}
+    sizes = {"time_bins": 256, "mel_bins": 128, "patch_size": (16, 16)}
+    sizes |= {"dim": 64, "depth": 2, "heads": 1}
     predictor = {"predictor_dim": 96, "predictor_depth": 4, "predictor_heads": 3, "mlp_ratio": 4.0}
     log_mel = {"sample_rate": 32000, "clip_seconds": 10.0, "time_bins": 256, "mel_bins": 128}
     config = JEPAConfig(**sizes, **predictor)
     stored = {
-        "format": "audio-jepa 1",
+        "format": "audio-jepa 2",
         "step": 3,
         "config": {"model": sizes | predictor, "log_mel": log_mel | {"mean": -7.0, "std": 4.0}},
         "target_encoder": VisionTransformer(config).state_dict(),
@@ -2067,8 +2261,13 @@ def test_speech_commands_as_published_gets_its_three_splits(checkpoint, publishe
     assert [*counts, found["classes"]] == [4, 2, 2, 2]
 
 
-def test_the_demonstrations_run():
+def test_the_demonstrations_run(tmp_path):
     assert "85.35 M" in run_python("model.py").stdout
+    out = tmp_path / "out"
+    printed = run_python(".github/benchmark.py", *TINY, "--out", out).stdout
+    for word in ("0.5 GFLOP", "reading", "log-mel", "step alone", "all together", "%", "GiB"):
+        assert word in printed
+    assert not out.exists()
     drawn = run_python("masking.py").stdout
     assert drawn.count("#") > 2 * 51
 

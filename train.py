@@ -18,6 +18,7 @@ ones, D encoder width, T spectrogram frames, F mel bands.
 """
 
 import argparse
+import contextlib
 import copy
 import csv
 import dataclasses
@@ -27,8 +28,8 @@ import multiprocessing
 import os
 import resource
 import signal
-import statistics
 import sys
+import tempfile
 import threading
 import time
 import timeit
@@ -44,11 +45,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import FRAMES_PER_SECOND
-from data import MEL_BINS
+from data import PATCH_SECONDS
 from data import AudioClips
 from data import Clips
 from data import LogMel
-from data import PackedFrames
 from data import SyntheticClips
 from data import clip_loader
 from data import clip_order
@@ -67,10 +67,9 @@ from model import JEPAConfig
 from model import VisionTransformer
 from model import count_millions
 from model import gather_tokens
-from model import gflops_per_clip
 from model import normalise_targets
 
-CHECKPOINT_FORMAT = "audio-jepa 1"
+CHECKPOINT_FORMAT = "audio-jepa 2"
 
 
 def learning_rate(step: int, steps: int, peak: float = 3e-4, warmup: int = 1000) -> float:
@@ -205,8 +204,15 @@ class Progress:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    with StopSignals() as stop:
-        train(args, stop)
+    try:
+        with StopSignals() as stop:
+            train(args, stop)
+    except OSError as error:  # a full disk, for instance
+        fail(error, 1)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        fail(f"{error} (mostly for want of memory: fewer --workers need less)", 1)
 
 
 def train(args: argparse.Namespace, stop: "StopSignals") -> None:
@@ -222,16 +228,18 @@ def train(args: argparse.Namespace, stop: "StopSignals") -> None:
         log_mel = LogMel(args.sample_rate, args.clip_seconds, config.time_bins, config.mel_bins)
         log_mel.to(device)
         out.mkdir(parents=True, exist_ok=True)
-        if not os.access(out, os.W_OK):
-            raise ValueError(f"--out {out}: no permission to write there")
-        checkpoint = None if args.benchmark else find_checkpoint(out)
+        tempfile.TemporaryFile(dir=out).close()  # OSError if nothing can be written there
+        checkpoint = find_checkpoint(out)
         first_weights = None
         if args.init is not None and checkpoint is None:
             first_weights = load_first_weights(args.init, config)
         clips = open_clips(args)
-        if checkpoint is None and not args.benchmark:
+        progress = Progress()
+        if checkpoint is not None:
+            progress = Progress(**checkpoint["progress"])
+        else:
             if is_first:
-                print("measuring mean and std of the log-mel on the first 256 clips", flush=True)
+                say("measuring mean and std of the log-mel on the first 256 clips")
             log_mel.mean, log_mel.std = measure_mean_std(clips, log_mel, device, args.workers)
     except (OSError, ValueError) as error:
         fail(error)
@@ -239,63 +247,25 @@ def train(args: argparse.Namespace, stop: "StopSignals") -> None:
     # Processes
     start_processes(processes, device)
     amp = from_first_process(choose_amp(args.amp, device.type, checkpoint))
-    precision = PRECISIONS[amp]
     settings = settings_of(args, clips, amp)
+    refuse_disagreement(settings | {"step": progress.step})
     # All have measured the same clips, but one may have failed to read what another could.
     log_mel.mean, log_mel.std = from_first_process((log_mel.mean, log_mel.std))
 
-    # Model. Every process draws the same weights from the same seed.
-    torch.manual_seed(args.seed)
-    model = JEPA(config, args.loss, args.target_norm, args.anti_collapse).to(device)
-    target_encoder = copy.deepcopy(model.context_encoder).requires_grad_(False)
-    if args.compile:
-        for network in (model.context_encoder, model.predictor, target_encoder):
-            network.compile()  # in place, so that the names of weights stay
-    # The target encoder stays outside DDP, which is there to average gradients, and it has
-    # none. Its copies stay identical all the same: they start alike, and each of them follows
-    # a context encoder that DDP keeps identical.
-    ddp_model = model
-    if processes.count > 1:
-        ddp_model = DistributedDataParallel(
-            model,
-            broadcast_buffers=False,  # they are position tables, which never change
-            gradient_as_bucket_view=True,  # saves a copy of all gradients
-        )
-
-    # Optimizer
-    optimizer = make_optimizer(model, args.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    rows = rows_of_process(args.batch_size, args.accum, processes.rank, processes.count)
-    run = Run(
-        args=args,
-        device=device,
-        precision=precision,
-        rows=rows,
-        log_mel=log_mel,
-        model=model,
-        ddp_model=ddp_model,
-        target_encoder=target_encoder,
-        optimizer=optimizer,
-        scaler=scaler,
-    )
-    if args.benchmark:
-        benchmark(run, clips, processes)
-        end_processes()
-        return
-
-    # Resume, or begin
-    progress = Progress()
+    # Networks and optimizer. Resume, or begin.
+    run = build_run(args, config, log_mel, processes, device, PRECISIONS[amp])
     if checkpoint is not None:
-        progress = resume(run, checkpoint, settings)
+        resume(run, checkpoint, settings)
     elif first_weights is not None:
         start_from(run, first_weights)
+    del checkpoint, first_weights  # they are as large as the run itself
     if is_first:
-        print(describe(run, clips, processes, progress))
+        say(describe(run, clips, processes, progress))
         cut_log(out / "log.csv", progress.step)
 
     # Loop
     steps = range(progress.step, args.steps)
-    order = clip_order(len(clips), args.seed, args.batch_size, steps, rows)
+    order = clip_order(len(clips), args.seed, args.batch_size, steps, run.rows)
     batches = iter(clip_loader(clips, order, args.workers))
     show_bar = is_first and sys.stderr.isatty()
     saved = time.monotonic()
@@ -341,8 +311,40 @@ def train(args: argparse.Namespace, stop: "StopSignals") -> None:
             break
 
     if is_first:
-        print(f"{progress.step} of {args.steps} steps done, saved in {printable(out / 'last.pt')}")
+        say(f"{progress.step} of {args.steps} steps done, saved in {printable(out / 'last.pt')}")
     end_processes()
+
+
+def build_run(args, config, log_mel, processes, device, precision) -> Run:
+    """Networks and optimizer of a new run. Every process draws the same weights."""
+    torch.manual_seed(args.seed)
+    model = JEPA(config, args.loss, args.target_norm, args.anti_collapse).to(device)
+    target_encoder = copy.deepcopy(model.context_encoder).requires_grad_(False)
+    if args.compile:
+        for network in (model.context_encoder, model.predictor, target_encoder):
+            network.compile()  # in place, so that the names of weights stay
+    # The target encoder stays outside DDP, which is there to average gradients, and it has
+    # none. Its copies stay identical all the same: they start alike, and each of them follows
+    # a context encoder that DDP keeps identical.
+    ddp_model = model
+    if processes.count > 1:
+        ddp_model = DistributedDataParallel(
+            model,
+            broadcast_buffers=False,  # they are position tables, which never change
+            gradient_as_bucket_view=True,  # saves a copy of all gradients
+        )
+    return Run(
+        args=args,
+        device=device,
+        precision=precision,
+        rows=rows_of_process(args.batch_size, args.accum, processes.rank, processes.count),
+        log_mel=log_mel,
+        model=model,
+        ddp_model=ddp_model,
+        target_encoder=target_encoder,
+        optimizer=make_optimizer(model, args.weight_decay),
+        scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
+    )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -432,12 +434,21 @@ def log_row(run, progress, result, loss, num_clips):
 
 def write_row(path, row):
     cells = {name: f"{value:.7g}" for name, value in row.items()}
-    tqdm.write("  ".join(f"{name} {cell}" for name, cell in cells.items()))
+    say("  ".join(f"{name} {cell}" for name, cell in cells.items()))
     with open(path, "a", newline="") as file:
         writer = csv.DictWriter(file, cells.keys(), lineterminator="\n")
         if file.tell() == 0:
             writer.writeheader()
         writer.writerow(cells)
+
+
+def say(text):
+    """Print at once, because a log is read while it is written. A run goes on without a reader."""
+    try:
+        tqdm.write(text)
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def cut_log(path, step):
@@ -455,15 +466,10 @@ def cut_log(path, step):
 
 
 def config_of(args) -> JEPAConfig:
-    """The preset and the flags that change it. ValueError if these sizes do not fit."""
-    preset = PRESETS[args.model]
+    """The preset and the flags that change it."""
     return dataclasses.replace(
-        preset,
+        PRESETS[args.model],
         time_bins=round(args.clip_seconds * FRAMES_PER_SECOND),
-        mel_bins=args.mel_bins,
-        patch_size=tuple(args.patch),
-        predictor_dim=args.predictor_dim or preset.predictor_dim,
-        predictor_depth=args.predictor_depth or preset.predictor_depth,
         positions=args.positions,
         patch_scale=args.patch_scale,
     )
@@ -487,7 +493,6 @@ MAY_CHANGE = (  # when a run is continued
     "workers",
     "save_every",
     "log_every",
-    "benchmark",
     "init",  # which only a new run reads
     "recipe",  # the flags that it sets are compared
 )
@@ -627,35 +632,39 @@ class AuthorsLogMel(LogMel):
 
 def find_checkpoint(out):
     """last.pt of a run to be continued, or None for a new run. ValueError if it cannot be read."""
-    if (out / "last.pt").exists():
-        return load_checkpoint(out / "last.pt")
+    path = out / "last.pt"
+    if path.exists():
+        checkpoint = load_checkpoint(path)
+        if "optimizer" not in checkpoint:
+            raise ValueError(f"{path} holds no optimizer: use --init {path} with another --out")
+        return checkpoint
     if any(out.glob("step-*.pt")):
         raise ValueError(f"{out} holds a run without its last.pt: start with another --out")
     return None
 
 
 def resume(run, checkpoint, settings):
-    """Bring a run to where a checkpoint stands -> its Progress."""
+    """Bring a run to where a checkpoint stands."""
     for name, before in checkpoint["settings"].items():
         value = settings.get(name)
         if before != value:
             flag = "--" + name.replace("_", "-")
+            end_processes()
             fail(
                 f"{flag} is {value}, but the run in {run.args.out} has {before}: "
-                "keep to it, or start another run with another --out"
+                f"keep to it, or use --init {run.args.out}/last.pt with another --out"
             )
     for name, part in parts_of(run).items():
         part.load_state_dict(checkpoint[name])
     run.log_mel.mean = checkpoint["config"]["log_mel"]["mean"]
     run.log_mel.std = checkpoint["config"]["log_mel"]["std"]
-    return Progress(**checkpoint["progress"])
 
 
 def load_first_weights(path, config):
     """--init: a checkpoint to begin with. ValueError if its networks work in another way."""
     first_weights = load_networks(path)
     theirs = JEPAConfig(**first_weights["config"]["model"])
-    for name in ("positions", "patch"):  # of which the shapes of weights do not tell
+    for name in ("positions", "patch_size"):  # of which the shapes of weights do not tell
         before = getattr(theirs, name)
         value = getattr(config, name)
         if before != value:
@@ -672,8 +681,8 @@ def start_from(run, first_weights):
             try:
                 network.load_state_dict(first_weights[name])
             except RuntimeError:
-                asked = f"--model {run.args.model} (or --patch, --predictor-dim, --predictor-depth)"
-                fail(f"--init {run.args.init} does not fit {asked}")
+                end_processes()
+                fail(f"--init {run.args.init} does not fit --model {run.args.model}")
 
 
 # ---- Data of a run
@@ -683,10 +692,7 @@ def open_clips(args) -> Clips:
     """What --data names. ValueError says what is wrong with it."""
     if args.data is None:
         return SyntheticClips(args.sample_rate, args.clip_seconds, args.seed)
-    clips = AudioClips(args.data, args.sample_rate, args.clip_seconds, args.seed)
-    if isinstance(clips.source, PackedFrames) and args.mel_bins != MEL_BINS:
-        raise ValueError(f"{args.data}: packed with {MEL_BINS} mel bands, not {args.mel_bins}")
-    return clips
+    return AudioClips(args.data, args.sample_rate, args.clip_seconds, args.seed)
 
 
 def note_bad_files(path, batches):
@@ -811,11 +817,16 @@ class Processes:
 def launched_processes() -> Processes:
     """Read what torchrun has set. One process, if the environment is not that of a launcher: some
     clusters and containers set WORLD_SIZE for everybody."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
-    if not all(os.environ.get(name) for name in names):
+
+    def is_set(*names):
+        return all(os.environ.get(name) for name in names)
+
+    if not is_set("RANK", "WORLD_SIZE", "MASTER_ADDR") or os.environ["WORLD_SIZE"] == "1":
         return Processes()
-    numbers = [int(os.environ[name]) for name in names[:4]]
-    return Processes(*numbers)
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    if not is_set(*names):
+        fail("RANK and WORLD_SIZE are set, but no LOCAL_RANK: start it with torchrun")
+    return Processes(*[int(os.environ[name]) for name in names])
 
 
 def start_processes(processes, device):
@@ -850,6 +861,22 @@ def from_first_process(value):
     return values[0]
 
 
+def refuse_disagreement(settings):
+    """Processes that differ in their settings or their step would average unrelated gradients."""
+    if not dist.is_initialized():
+        return
+    of_all = [None] * dist.get_world_size()
+    dist.all_gather_object(of_all, settings)
+    for rank, others in enumerate(of_all):
+        for name, value in settings.items():
+            if others[name] != value:
+                end_processes()  # together: gloo aborts where a connection is lost
+                fail(
+                    f"{name} is {value}, but {others[name]} in process {rank}: all need the same "
+                    "flags and data, and one --out that they share"
+                )
+
+
 def sum_over_processes(tensor):
     """The sum in all processes, in place."""
     if dist.is_initialized():
@@ -873,7 +900,7 @@ def gather_from_processes(tensor):
 
 
 class StopSignals:
-    """SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 ask a run to finish its step, save and end.
+    """SIGTERM and SIGINT (Ctrl-C) ask a run to finish its step, save and end.
 
     A second one ends it at once, for a run that hangs; but not within 5 seconds, as torchrun passes
     on signals that its processes have got already.
@@ -881,7 +908,7 @@ class StopSignals:
 
     def __enter__(self):
         self.requested_at = math.inf
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        numbers = (signal.SIGTERM, signal.SIGINT)
         if threading.current_thread() is not threading.main_thread():
             numbers = ()  # Python hands signals to the main thread only
         self.before = {number: signal.signal(number, self.handle) for number in numbers}
@@ -900,6 +927,9 @@ class StopSignals:
             for worker in multiprocessing.active_children():
                 worker.kill()
             os._exit(128 + number)
+        if not self.requested and launched_processes().rank == 0:
+            with contextlib.suppress(OSError):  # nobody may read it
+                os.write(2, b"\nstopping after this step; a signal after 5 s stops at once\n")
         self.requested_at = min(self.requested_at, now)
 
     def __exit__(self, *exception):
@@ -907,61 +937,15 @@ class StopSignals:
             signal.signal(number, handler)
 
 
-# ---- Benchmark
-
-
-def benchmark(run, clips, processes):
-    """Print clips/s of each part and of all together, of all processes: medians."""
-    args = run.args
-    steps = iter(range(10**6))
-    order = clip_order(len(clips), args.seed, args.batch_size, range(10**6), run.rows)
-    batches = iter(clip_loader(clips, order, args.workers))
-
-    def read():
-        return [next(batches).audio.to(run.device) for _ in range(args.accum)]
-
-    def seconds(work, repeat=1):
-        def work_to_its_end():
-            work()
-            if run.device.type != "cpu":
-                torch.accelerator.synchronize()
-
-        times = timeit.repeat(work_to_its_end, number=repeat, repeat=8)
-        return statistics.median(times[3:]) / repeat  # the first three warm up
-
-    waveforms = read()
-    frames = [run.log_mel(part).squeeze(1) for part in waveforms]  # a step only normalises these
-    seconds(lambda: train_step(run, next(steps), frames))  # allocates for masks of many sizes
-    args.mask_ratio = [0.5, 0.5]  # from here on all steps are alike
-    workers = max(args.workers, 1)  # each delivers in its turn, so we time whole rounds
-    size = 4096 if run.device.type == "cpu" else 8192
-    matrix = torch.randn(size, size, device=run.device, dtype=run.precision)
-    times = {
-        "reading": seconds(read, 5 * workers),
-        "log-mel": seconds(lambda: [run.log_mel(part) for part in waveforms]),
-        "step alone": seconds(lambda: train_step(run, next(steps), frames)),
-        "all together": seconds(lambda: train_step(run, next(steps), read()), workers),
-    }
-    peak = 2 * size**3 / seconds(lambda: matrix @ matrix) / 1e12
-    if processes.rank == 0:
-        count = processes.count
-        print(f"{args.model}, batch {args.batch_size}, {run.precision}, {count} processes")
-        for name, time_of_batch in times.items():
-            print(f"{name:>14}  {args.batch_size / time_of_batch:10.1f} clips/s")
-        gflops = args.batch_size / count * gflops_per_clip(run.model.config)
-        tflops = gflops / times["step alone"] / 1e3
-        print(f"step alone: {tflops:.2f} TFLOP/s a process, of {peak:.2f} in a matrix product")
-        print(f"peak memory {memory_gib(run.device):.2f} GiB")
-
-
 # ---- Flags
 
 
 def fail(message, code=2):
-    """One line on stderr, and out. Code 2 is a usage error, the same in all processes of a machine:
-    one of them says it."""
-    if code != 2 or launched_processes().local_rank == 0:
-        print(f"error: {message}", file=sys.stderr)
+    """One line on stderr, and out. The error of a loader worker ends with the line that counts."""
+    line = str(message).strip().rpartition("\n")[2]
+    if "RANK" in os.environ:
+        line = f"process {os.environ['RANK']}: {line}"
+    print(f"error: {line}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -974,6 +958,12 @@ def positive(text):
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
     return int(text)
+
+
+def share(text):
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return float(text)
 
 
 RECIPES = {  # flags that belong together; one that is given on the command line wins
@@ -996,27 +986,22 @@ RECIPES = {  # flags that belong together; one that is given on the command line
 
 
 def parse_args(argv):
+    recipe = OneLineParser(add_help=False)  # read first, because it sets the other defaults
+    recipe.add_argument(
+        "--recipe", choices=list(RECIPES), default="paper", help="a set of flags, printed at start"
+    )
     parser = OneLineParser(
         description="Pretrain Audio-JEPA. The defaults are the paper's.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        parents=[recipe],
     )
     add = parser.add_argument
     add("--data", metavar="PATH", help="folder, list, tar shards, packed folder; none: synthetic")
     add(
         "--out", metavar="DIR", default="runs/audio-jepa", help="log, checkpoints; goes on if there"
     )
-    add("--recipe", choices=list(RECIPES), default="paper", help="a set of flags, printed at start")
     add("--init", metavar="CHECKPOINT", help="begin with its weights (of train.py or the authors')")
     add("--model", choices=list(PRESETS), default="base", help="size of the networks")
-    add(
-        "--patch",
-        type=positive,
-        nargs=2,
-        default=[16, 16],
-        metavar=("TIME", "MEL"),
-        help="frames and mel bands of a patch",
-    )
-    add("--mel-bins", type=positive, default=MEL_BINS, help="mel bands of a spectrogram")
     add(
         "--positions",
         choices=["sincos", "rotary"],
@@ -1024,8 +1009,6 @@ def parse_args(argv):
         help="of patches: a code that is added to them, or a rotation of queries and keys",
     )
     add("--patch-scale", type=float, default=1.0, help="multiplies the first patch embedding")
-    add("--predictor-dim", type=positive, help="width of the predictor; none: the preset's")
-    add("--predictor-depth", type=positive, help="blocks of the predictor; none: the preset's")
     add("--steps", type=positive, default=100000, help="optimizer steps of the whole run")
     add(
         "--batch-size",
@@ -1037,8 +1020,8 @@ def parse_args(argv):
     add("--lr", type=float, default=3e-4, help="peak learning rate")
     add("--warmup", type=int, default=1000, help="steps from lr 1e-6 to the peak")
     add("--weight-decay", type=float, default=0.05, help="of AdamW, on matrices only")
-    add("--ema", type=float, default=0.996, help="decay of the target encoder at step 0")
-    add("--ema-end", type=float, default=1.0, help="decay of the target encoder at the last step")
+    add("--ema", type=share, default=0.996, help="decay of the target encoder at step 0")
+    add("--ema-end", type=share, default=1.0, help="decay of the target encoder at the last step")
     add(
         "--target-norm",
         choices=["token", "clip"],
@@ -1057,7 +1040,7 @@ def parse_args(argv):
     add("--mask", choices=list(MASKS), default="random", help="which patches are masked")
     add(
         "--mask-ratio",
-        type=float,
+        type=share,
         nargs=2,
         default=[0.4, 0.6],
         metavar=("LO", "HI"),
@@ -1076,9 +1059,8 @@ def parse_args(argv):
         help="steps between the checkpoints that are kept",
     )
     add("--log-every", type=positive, default=50, help="steps between the lines of the log")
-    add("--benchmark", action="store_true", help="measure speed and memory, and train nothing")
-    recipe = parser.parse_args(argv).recipe
-    parser.set_defaults(**RECIPES[recipe])
+    chosen, _ = recipe.parse_known_args(argv)
+    parser.set_defaults(**RECIPES[chosen.recipe])
     args = parser.parse_args(argv)
     check(parser, args)
     return args
@@ -1093,15 +1075,18 @@ def check(parser, args):
             f"--batch-size {args.batch_size} is not a multiple of --accum {args.accum} x "
             f"{processes} processes"
         )
-    if not 0 < low <= high < 1:
-        parser.error(f"--mask-ratio {low} {high}: 0 < LO <= HI < 1 is needed")
     if args.warmup >= args.steps:
         shorter = args.steps // 10
         if launched_processes().rank == 0:
-            print(f"--warmup {args.warmup} is not below --steps {args.steps}: cut to {shorter}")
+            say(f"--warmup {args.warmup} is not below --steps {args.steps}: cut to {shorter}")
         args.warmup = shorter
-    check_multiple(parser, "--clip-seconds", args.clip_seconds, args.patch[0] / FRAMES_PER_SECOND)
+    check_multiple(parser, "--clip-seconds", args.clip_seconds, PATCH_SECONDS)
     check_multiple(parser, "--sample-rate", args.sample_rate, 128)
+    patches = math.prod(config_of(args).grid)
+    if not 1 <= round(low * patches) <= round(high * patches) < patches:
+        parser.error(
+            f"--mask-ratio {low} {high}: of {patches} patches some must be masked, not all"
+        )
 
 
 def check_multiple(parser, flag, value, unit):

@@ -72,7 +72,8 @@ def show(axes, picture, title, config, seconds, colours="viridis"):
 def per_pixel(patches, config):
     """A value for each patch [N] -> for each frame and band [T, F]."""
     grid = patches.view(config.grid)
-    return grid.repeat_interleave(config.patch[0], 0).repeat_interleave(config.patch[1], 1)
+    frames, bands = config.patch_size
+    return grid.repeat_interleave(frames, 0).repeat_interleave(bands, 1)
 
 
 @torch.no_grad()
