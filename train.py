@@ -33,7 +33,6 @@ import tempfile
 import threading
 import time
 import timeit
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -554,79 +553,6 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
     return checkpoint
 
 
-def load_networks(path):
-    """A checkpoint of train.py, or the authors' file in that form. ValueError if it is neither."""
-    try:
-        return load_checkpoint(path)
-    except ValueError as refusal:
-        try:
-            return load_authors_file(path)
-        except Exception:  # whatever a file that is neither makes us stumble over
-            raise refusal from None
-
-
-# ---- The authors' file
-
-
-class Inert:
-    """Stands for the objects that Lightning stores beside the weights: none is executed."""
-
-    def __init__(self, *args):
-        pass
-
-    def __setstate__(self, state):
-        pass
-
-
-def load_authors_file(path):
-    """The authors' Lightning checkpoint, in the form of ours; its log_mel is None."""
-    names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    with torch.serialization.safe_globals([(Inert, name) for name in names]):
-        theirs = torch.load(path, map_location="cpu", weights_only=True)
-    networks = defaultdict(dict)
-    for name, tensor in theirs["state_dict"].items():
-        network, name = name.replace("_orig_mod.", "").split(".", 1)
-        name = name.replace("patch_embed.proj", "patch_embed")
-        name = name.replace("Wqkv", "qkv").replace("out_proj", "proj")
-        if name == "patch_embed.weight":
-            tensor = tensor.flatten(1)  # of their convolution
-        if name == "pos_embed":
-            tensor = tensor.squeeze(0)
-        networks[network][name] = tensor
-    target = networks["target_encoder"]
-    dim = len(target["patch_embed.weight"])
-    hidden = len(target["blocks.0.mlp.fc1.weight"])
-    depth = len([name for name in target if name.endswith("attn.qkv.weight")])
-    config = JEPAConfig(dim=dim, depth=depth, heads=dim // 64, mlp_ratio=hidden / dim)
-    return {
-        "config": {"model": vars(config), "log_mel": None},
-        "step": theirs.get("global_step", 0),
-        "target_encoder": target,
-        "context_encoder": networks["encoder"],
-    }
-
-
-class AuthorsLogMel(LogMel):
-    """The front end of the authors' weights: a hop of 1243, a window of 3108, peak-normalised
-    waveforms, the 255 frames that lie inside the clip, and zeros for the 256th."""
-
-    config = None  # nothing can be chosen
-
-    def __init__(self):
-        super().__init__()
-        self.hop = 1243
-        self.window_length = 3108
-        self.window = torch.hann_window(self.window_length, periodic=False)
-
-    def cut(self, waveform):
-        return waveform.unfold(1, self.window_length, self.hop)
-
-    def frames(self, waveform):
-        peak = waveform.abs().amax(dim=1, keepdim=True).clamp(min=1e-6)
-        frames = super().frames(waveform / peak)
-        return F.pad(frames, (0, 0, 0, 1))
-
-
 # ---- To go on, and to begin with the weights of another run
 
 
@@ -662,7 +588,7 @@ def resume(run, checkpoint, settings):
 
 def load_first_weights(path, config):
     """--init: a checkpoint to begin with. ValueError if its networks work in another way."""
-    first_weights = load_networks(path)
+    first_weights = load_checkpoint(path)
     theirs = JEPAConfig(**first_weights["config"]["model"])
     for name in ("positions", "patch_size"):  # of which the shapes of weights do not tell
         before = getattr(theirs, name)
@@ -1000,7 +926,7 @@ def parse_args(argv):
     add(
         "--out", metavar="DIR", default="runs/audio-jepa", help="log, checkpoints; goes on if there"
     )
-    add("--init", metavar="CHECKPOINT", help="begin with its weights (of train.py or the authors')")
+    add("--init", metavar="CHECKPOINT", help="begin with its weights of another run")
     add("--model", choices=list(PRESETS), default="base", help="size of the networks")
     add(
         "--positions",
