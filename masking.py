@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Which patches are masked (sec. IV.A), and the average that is the target encoder (eq. (3)).
+"""Which patches are masked (sec. IV.A), and the moving average that makes the targets (eq. (3)).
 
 A mask is two tensors of patch numbers, never booleans: `context_idx` [B, C] are the visible
 patches of each clip, `target_idx` [B, M] the masked ones, and C + M = N. Patches are numbered
-time-major, patch = t * mel_patches + f. Here is one mask on a grid of 4 x 3 (time x mel), with
-brackets around what is masked:
+time-major, patch = t * mel_patches + f. One mask on a grid of 4 x 3 (time x mel), with the masked
+patches in brackets:
 
     f = 2      2   [ 5]    8   [11]        context_idx = [0, 2, 3, 6, 8, 10]
     f = 1    [ 1]  [ 4]  [ 7]   10         target_idx  = [1, 4, 5, 7, 9, 11]
@@ -30,8 +30,8 @@ def random_mask(
     """Mask `num_masked` patches of each clip, drawn uniformly and anew for every clip.
 
     This is the paper's masking. grid = (time, mel) in patches -> (context_idx [B, N - num_masked],
-    target_idx [B, num_masked]), int64, on the generator's device, each row ascending. ValueError if
-    nothing would be masked or nothing visible.
+    target_idx [B, num_masked]), int64, ascending, on the generator's device. ValueError if nothing
+    would be masked or nothing visible.
     """
     num_patches = grid[0] * grid[1]
     noise = torch.rand(batch_size, num_patches, generator=generator, device=generator.device)
@@ -41,16 +41,16 @@ def random_mask(
 def block_mask(
     batch_size: int, grid: tuple[int, int], num_masked: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mask rectangles of patches, in the manner of I-JEPA: what the paper found worse (sec. IV.A).
+    """Mask rectangles of patches, as I-JEPA does. The paper found it worse (sec. IV.A).
 
-    Arguments and answer are those of `random_mask`. Rectangles of 15 to 20 % of the grid are laid
-    over each clip, one after another, until `num_masked` patches are covered; of the last one only
-    as many patches as are still needed, picked at random. (I-JEPA lays four and lets the covered
-    number vary. With an exact number the clips of a batch fit into one tensor.)
+    Takes and returns what `random_mask` does. Rectangles of 15 to 20 % of the grid are laid over
+    each clip, one after another, until `num_masked` patches are covered. The last one covers only
+    as many as are still needed, picked at random. (I-JEPA lays four and lets the number vary. With
+    an exact number the clips of a batch fit into one tensor.)
     """
     time, mel = grid
     device = generator.device
-    num_rectangles = 28  # four times as many as tile the grid, so that few patches stay bare
+    num_rectangles = 28  # 28 x 15 % covers the grid four times, so that few patches stay bare
 
     def uniform(low, high):
         noise = torch.rand(batch_size, num_rectangles, 1, generator=generator, device=device)
@@ -62,11 +62,11 @@ def block_mask(
     time_size = (area * aspect).sqrt().round().clamp(1, time)  # [B, R, 1], patches in time
     mel_size = (area / aspect).sqrt().round().clamp(1, mel)  # [B, R, 1], patches in mel
 
-    # Corners. The + 1 lets a rectangle end on the last row or column as well.
+    # Corners. The + 1 lets a rectangle reach the far edges as well.
     t0 = (uniform(0, 1) * (time - time_size + 1)).floor()
     f0 = (uniform(0, 1) * (mel - mel_size + 1)).floor()
 
-    # Cover. For each patch, the number of the first rectangle that lies on it.
+    # Cover. For each patch, the first rectangle that lies on it.
     patch = torch.arange(time * mel, device=device)
     t = patch // mel
     f = patch % mel
@@ -76,8 +76,8 @@ def block_mask(
     first = covers.float().argmax(1)  # [B, N]
     first = torch.where(covers.any(1), first, num_rectangles)  # bare patches come last
 
-    # Thin. Patches are masked in the order of their rectangles. Noise adds a fraction to this whole
-    # number: it shuffles the patches of one rectangle, and moves none into another rectangle.
+    # Thin. Patches are masked in the order of their rectangles. Noise below 1 shuffles the patches
+    # of one rectangle, but moves none into another.
     noise = torch.rand(batch_size, time * mel, generator=generator, device=device)
     return mask_lowest(first + noise, num_masked)
 
@@ -89,9 +89,7 @@ def mask_lowest(scores: torch.Tensor, num_masked: int) -> tuple[torch.Tensor, to
     """Mask the `num_masked` patches of lowest score [B, N] -> (context_idx, target_idx)."""
     num_patches = scores.shape[1]
     if not 0 < num_masked < num_patches:
-        raise ValueError(
-            f"{num_masked} of {num_patches} patches masked: some must be, and some not"
-        )
+        raise ValueError(f"{num_masked} of {num_patches} patches: mask some of them, but not all")
     patches = scores.argsort(dim=1)
     target_idx = patches[:, :num_masked].sort(dim=1).values
     context_idx = patches[:, num_masked:].sort(dim=1).values
@@ -109,14 +107,13 @@ def draw_masks(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The masks of one step's batch -> (context_idx [B, C], target_idx [B, M]).
 
-    `mask_fn` is one of MASKS. The masked share is drawn once a step from U(mask_ratio)
+    `mask_fn` is one of MASKS. The masked ratio is drawn once a step from U(mask_ratio)
     (sec. IV.A), so that all clips of the batch have equally many masked patches.
 
-    For given sizes, and one kind of device, the answer is a pure function of (seed, step): it needs
-    no random state from the step before. That is why a run that is continued, or split over
-    processes, draws the same masks, and why no random state is ever saved.
+    On one kind of device, the masks are a pure function of (seed, step). That is why a run that is
+    resumed, or split over processes, draws the same masks, and why no random state is saved.
     """
-    # random.Random hashes a string, so that steps 1 and 2 give unrelated numbers.
+    # random.Random hashes the string, so that steps 1 and 2 give unrelated numbers.
     rng = random.Random(f"masks of seed {seed}, step {step}")
     num_patches = grid[0] * grid[1]
     num_masked = round(rng.uniform(*mask_ratio) * num_patches)
@@ -134,20 +131,13 @@ def ema_decay(step: int, steps: int, base: float = 0.996, end: float = 1.0) -> f
 def update_ema(target: nn.Module, context: nn.Module, decay: float) -> None:
     """Eq. (3), theta_tgt <- tau theta_tgt + (1 - tau) theta_ctx, in place, with tau = `decay`.
 
-    Covers every parameter and buffer of the two modules; ValueError if their names differ. Call it
-    once per optimizer step, right after it, on fp32 weights: at tau = 0.9999 the change is smaller
-    than what bf16 can resolve, and a bf16 weight would never move.
+    Call it right after every optimizer step, on fp32 weights: at tau = 0.9999 the change is smaller
+    than bf16 can resolve, so a bf16 weight would never move. Buffers are copied.
     """
-    context_state = context.state_dict()
-    target_state = target.state_dict()  # these are the module's own tensors, not copies
-    if target_state.keys() != context_state.keys():
-        odd_ones = sorted(target_state.keys() ^ context_state.keys())
-        raise ValueError(f"the two encoders differ in {odd_ones}")
-    for name, tensor in target_state.items():
-        if tensor.is_floating_point():
-            tensor.lerp_(context_state[name], 1 - decay)
-        else:
-            tensor.copy_(context_state[name])  # counters cannot be averaged
+    # As target.lerp_(context, 1 - decay) for each parameter, but in few kernels on a GPU.
+    torch._foreach_lerp_(list(target.parameters()), list(context.parameters()), 1 - decay)
+    for target_buffer, context_buffer in zip(target.buffers(), context.buffers(), strict=True):
+        target_buffer.copy_(context_buffer)
 
 
 if __name__ == "__main__":
@@ -158,5 +148,5 @@ if __name__ == "__main__":
         masked = set(target_idx[0].tolist())
         print(f"{name}: {len(masked)} of {TIME * MEL} masked (#); time to the right, mel up")
         for f in reversed(range(MEL)):
-            row = ["#" if t * MEL + f in masked else "." for t in range(TIME)]
-            print("    " + " ".join(row))
+            line = ["#" if t * MEL + f in masked else "." for t in range(TIME)]
+            print("    " + " ".join(line))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The networks of Audio-JEPA (arXiv 2507.02915): encoder and predictor, and the losses.
+"""The networks of Audio-JEPA (arXiv 2507.02915): encoder, predictor and loss.
 
 The whole method in one picture (Fig. 1 of the paper; the numbers are the defaults):
 
@@ -41,14 +41,13 @@ class JEPAConfig:
     predictor_depth: int = 6
     predictor_heads: int = 12
     mlp_ratio: float = 4.0
-    positions: str = "sincos"  # a code, added to tokens; "rotary": queries and keys are rotated
-    patch_scale: float = 1.0  # multiplies the first patch embedding, see VisionTransformer
+    positions: str = "sincos"  # added to the tokens; "rotary" rotates queries and keys
 
     def __post_init__(self):
         must_divide = [
             ("time_bins", self.patch_size[0], "frames of a patch"),
             ("mel_bins", self.patch_size[1], "bands of a patch"),
-            # Rotary positions turn pairs of features (x 2) along two axes (x 2) in each head.
+            # Rotary positions rotate pairs of features (x 2) along two axes (x 2) in each head.
             ("dim", 4 * self.heads, "= 4 x heads"),
             ("predictor_dim", 4 * self.predictor_heads, "= 4 x heads of the predictor"),
         ]
@@ -56,8 +55,6 @@ class JEPAConfig:
             size = getattr(self, name)
             if size % divisor != 0:
                 raise ValueError(f"{name} = {size} is not a multiple of the {divisor} {what}")
-        if self.positions not in ("sincos", "rotary"):
-            raise ValueError(f"positions {self.positions}: sincos or rotary is needed")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -80,75 +77,15 @@ PRESETS = {
 
 
 def gather_tokens(tokens: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
-    """Pick tokens of each clip by their number: tokens [B, N, D], idx [B, K] -> [B, K, D]."""
+    """Pick tokens of each clip by their index: tokens [B, N, D], idx [B, L] -> [B, L, D]."""
     width = tokens.shape[-1]
     return tokens.gather(1, idx.unsqueeze(-1).expand(-1, -1, width))
-
-
-def patch_angles(dim: int, grid: tuple[int, int], base: float) -> torch.Tensor:
-    """The index of each patch in mel and in time, times dim / 4 frequencies.
-
-    -> [N, 2, dim / 4], in radians. Rows are patches, row = t * mel_patches + f. The axis of 2 is
-    mel, then time, as in the authors' code, so that their weights fit. The frequencies fall from 1
-    to nearly 1 / base.
-    """
-    time_patches, mel_patches = grid
-    t = torch.arange(time_patches).repeat_interleave(mel_patches)  # [N]: 0 0 0 ... 1 1 1 ...
-    f = torch.arange(mel_patches).repeat(time_patches)  # [N]: 0 1 2 ... 0 1 2 ...
-    places = torch.stack([f, t], dim=1)  # [N, 2]
-    frequencies = base ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    return places.unsqueeze(2) * frequencies
-
-
-def sincos_positions(dim: int, grid: tuple[int, int]) -> torch.Tensor:
-    """Fixed 2-D sin-cos table -> [N, dim], to be added to tokens (sec. IV.B).
-
-    The first half of the width holds sines, then cosines, of the mel angles, the second half those
-    of the time angles.
-    """
-    angle = patch_angles(dim, grid, base=10000.0)  # [N, 2, dim / 4]
-    return torch.cat([angle.sin(), angle.cos()], dim=2).flatten(1).float()
-
-
-def rotary_positions(dim: int, grid: tuple[int, int]) -> torch.Tensor:
-    """Fixed 2-D rotary table -> [N, dim], for `rotate`: dim / 2 sines, then their cosines.
-
-    The base is 100 here: along an axis there are tens of patches, and angles that grow by less than
-    1 / 100 from patch to patch would hardly differ.
-    """
-    angle = patch_angles(dim, grid, base=100.0).flatten(1)  # [N, dim / 2]
-    return torch.cat([angle.sin(), angle.cos()], dim=1).float()
-
-
-def position_table(config: JEPAConfig, dim: int, heads: int) -> torch.Tensor:
-    """The table of a network that is `dim` wide; a rotary one is as wide as a head."""
-    if config.positions == "rotary":
-        return rotary_positions(dim // heads, config.grid)
-    return sincos_positions(dim, config.grid)
-
-
-def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """Rotary positions (RoFormer, arXiv 2104.09864), here of two axes (sec. VII, point 2).
-
-    x [B, H, L, K], queries or keys; rotation [B, L, K] or [L, K], their rows of the table
-    -> [B, H, L, K].
-
-    Features i and i + K / 2 of x are a point in a plane. It is turned by an angle that grows with
-    the mel index (the first K / 4 points) or with the time index (the others). The product of a
-    turned query and a turned key depends on how far, and in which direction, one lies from the
-    other in time and in mel, and not on where they are. The network is never told the mel band of a
-    patch: it has to know it by the sound, or by the neighbours that are missing at the edges.
-    """
-    rotation = rotation.to(x.dtype).unsqueeze(-3)  # [B, 1, L, K] or [1, L, K]: alike in all heads
-    sin, cos = rotation.chunk(2, dim=-1)  # each [..., L, K / 2]
-    a, b = x.chunk(2, dim=-1)  # [B, H, L, K / 2]
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
 class Attention(nn.Module):
     """Multi-head self-attention: [B, L, D] -> [B, L, D].
 
-    rotation [B, L, D / H] or [L, D / H], for rotary positions alone: see `rotate`.
+    rotation [B, L, D / H] or [L, D / H]: only with rotary positions, see `rotate`.
     """
 
     def __init__(self, dim: int, heads: int):
@@ -165,7 +102,7 @@ class Attention(nn.Module):
             q = rotate(q, rotation)
             k = rotate(k, rotation)
         if x.device.type == "cpu":
-            # The same arithmetic as below in plain steps, which are faster on a CPU.
+            # The same arithmetic in plain steps, because they are faster on a CPU.
             scale = (D // self.heads) ** -0.5
             scores = (scale * q) @ k.mT  # [B, H, L, L]
             x = scores.softmax(dim=-1) @ v
@@ -207,9 +144,9 @@ class Block(nn.Module):
 def init_weights(network: nn.Module) -> None:
     """Truncated normal of std 0.02, zero biases, unit norms.
 
-    Each block adds to the residual stream twice. The two projections that write block i = 1, 2, ...
-    into it are divided by sqrt(2 i), so that the variance of the stream grows as 1 + 1/2 + 1/3 +
-    ..., with the logarithm of the depth and not with the depth.
+    Each block adds to the residual stream twice. The two projections of block i = 1, 2, ... that do
+    so are divided by sqrt(2 i). The variance of the stream then grows as 1 + 1/2 + 1/3 + ..., with
+    the logarithm of the depth instead of the depth.
     """
     for module in network.modules():
         if isinstance(module, nn.Linear):
@@ -223,11 +160,11 @@ def init_weights(network: nn.Module) -> None:
 def run_blocks(network: nn.Module, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Tokens [B, L, D] through all blocks of an encoder or a predictor -> [B, L, D].
 
-    positions: for each token its row of the network's position table, [B, L, K] or [L, K]. A
-    sin-cos code (K = D) is added to the tokens, once. A rotary one (K = D / H) turns the queries
-    and keys of every block.
+    positions holds each token's line of the network's position table. A sin-cos line, as wide as
+    a token, is added to it once. A rotary line, as wide as a head, rotates the queries and keys of
+    every block.
     """
-    x = tokens.to(positions.dtype)  # autocast may lower the products, but not the stream itself
+    x = tokens.to(positions.dtype)  # autocast rounds the products, but never the stream itself
     rotation = None
     if network.config.positions == "rotary":
         rotation = positions
@@ -255,21 +192,15 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(config.dim)
         init_weights(self)
-        # 256 numbers of variance 1 times weights of std 0.02 give a patch an rms of 0.3, and the
-        # sin-cos code that is added to it has 0.7: at first an encoder hears more of the place than
-        # of the sound. A scale of 3.3 reverses that. (Rotary positions add nothing to a patch. With
-        # them no benefit of the scale was measured.)
-        self.patch_embed.weight.data *= config.patch_scale
 
     def patchify(self, spectrogram):
-        """[B, 1, T, F] -> [B, N, patch], time-major: token = t * mel_patches + f."""
+        """[B, 1, T, F] -> [B, N, 256], time-major: token = t * mel_patches + f."""
         B, _, time, mel = spectrogram.shape
-        config = self.config
-        if (time, mel) != (config.time_bins, config.mel_bins):
-            wanted = f"{config.time_bins} x {config.mel_bins}"
-            raise ValueError(f"a spectrogram of {time} x {mel}, this encoder takes {wanted}")
-        patch_time, patch_mel = config.patch_size
-        t, f = config.grid
+        expected = (self.config.time_bins, self.config.mel_bins)
+        if (time, mel) != expected:
+            raise ValueError(f"a spectrogram of {time} x {mel}, but the encoder takes {expected}")
+        t, f = self.config.grid
+        patch_time, patch_mel = self.config.patch_size
         patches = spectrogram.reshape(B, t, patch_time, f, patch_mel)
         patches = patches.transpose(2, 3)  # [B, t, f, 16, 16]
         return patches.reshape(B, t * f, patch_time * patch_mel)
@@ -278,8 +209,8 @@ class VisionTransformer(nn.Module):
         patches = self.patchify(spectrogram)  # [B, N, 256]
         positions = self.pos_embed  # [N, D]
         if context_idx is not None:
-            # Masked patches are dropped before any work is spent on them. The kept ones take their
-            # positions along, so that their order in the sequence means nothing.
+            # Masked patches are dropped before any work is spent on them. The visible ones keep
+            # their positions, so that their order in the sequence means nothing.
             patches = gather_tokens(patches, context_idx)  # [B, C, 256]
             positions = positions[context_idx]  # [B, C, D]
         tokens = self.patch_embed(patches)  # [B, L, D], L = N or C
@@ -291,10 +222,10 @@ class Predictor(nn.Module):
 
     (context [B, C, D], context_idx [B, C], target_idx [B, M]) -> [B, M, D].
 
-    What the predictor knows: of the visible patches, what the context encoder made of them, and
-    where they are; of a masked patch, only where it is. Every masked patch enters as the same
-    learned mask token. Its position alone tells it from the others: a code that is added to it, or
-    the rotation of its queries and keys.
+    The predictor knows the context encoder's output and where it comes from. About a masked patch
+    it knows only the position: every masked patch enters as the same learned mask token, and is
+    told from the others by a sin-cos code that is added to it, or by the rotation of its queries
+    and keys. (Under rotary positions even that is relative: how far it lies from other patches.)
     """
 
     def __init__(self, config: JEPAConfig):
@@ -318,41 +249,23 @@ class Predictor(nn.Module):
         positions = self.pos_embed[torch.cat([context_idx, target_idx], dim=1)]
         tokens = run_blocks(self, tokens, positions)
         num_visible = context.shape[1]
-        filled_in = tokens[:, num_visible:]  # [B, M, P]
-        return self.proj(self.norm(filled_in))  # [B, M, D]
+        masked = tokens[:, num_visible:]  # [B, M, P]
+        return self.proj(self.norm(masked))  # [B, M, D]
 
 
-# A loss takes predictions and targets [B, M, D] and averages over the masked tokens. Eq. (2) is a
-# squared distance: it sums over the width D, so that it starts near D. The cosine does not sum over
-# D, and is about D times smaller. AdamW divides a gradient by its own size, so that the learning
-# rate need not change. But the weight of the term against collapse, below, must be about D times
-# smaller with the cosine.
+# Both losses take predictions and targets [B, M, D] and average over the masked tokens. Eq. (2)
+# sums over the width D, so it starts near D; the cosine starts near 2. The same learning rate suits
+# both, because AdamW divides each gradient by its own size.
 
 
 def l2_loss(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Eq. (2): the squared distance of a masked token to its target, averaged over the tokens."""
+    """Eq. (2): the squared distance between a prediction and its target."""
     return (predictions - targets).square().sum(-1).mean()
 
 
 def cosine_loss(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """2 - 2 cos, averaged over the tokens: what the authors' released code minimises."""
+    """2 - 2 cos: what the authors' released code minimises."""
     return (2 - 2 * F.cosine_similarity(predictions, targets, dim=-1)).mean()
-
-
-def variance_covariance(tokens: torch.Tensor) -> torch.Tensor:
-    """A term against collapse, from VICReg (arXiv 2105.04906): tokens [B, C, D] -> scalar.
-
-    It is 0 if each feature has a std of at least 1 over the tokens of all clips, and if no two
-    features are correlated. Then the tokens cannot be alike, nor lie along a few directions.
-    """
-    tokens = tokens.float().flatten(0, 1)  # [B * C, D]
-    with torch.autocast(tokens.device.type, enabled=False):
-        covariance = torch.cov(tokens.T)  # [D, D]
-    variance = covariance.diagonal()
-    too_small = F.relu(1 - torch.sqrt(variance + 1e-4)).sum()  # + 1e-4: sqrt is too steep at 0
-    correlated = covariance.square().sum() - variance.square().sum()
-    # 25 to 1, as in VICReg, which divides both sums by D: our values are D times as large.
-    return 25 * too_small + correlated
 
 
 LOSSES = {"l2": l2_loss, "cosine": cosine_loss}
@@ -362,12 +275,11 @@ def normalise_targets(targets: torch.Tensor, within: str = "token") -> torch.Ten
     """Give the targets mean 0 and variance 1: [B, N, D] -> [B, N, D], fp32.
 
     Within a "token": over its features (as I-JEPA). Within a "clip": each feature over the tokens
-    of the clip (as data2vec). What all tokens of a clip share is then no part of a target: the
-    context gives it away, and predicting it teaches little.
+    of the clip (as data2vec), which removes from a target everything that all tokens of the clip
+    share. The context gives that away, so predicting it teaches little.
 
-    Why: the last LayerNorm of the encoder has a learned scale, which nothing holds in place. The
-    targets follow it, through the moving average. As it shrinks, so do the targets and their
-    distance to any prediction: the loss would fall without anything being learned.
+    Without it, the encoder's last LayerNorm could learn a smaller and smaller scale. The targets
+    would shrink with it, and the loss would fall although nothing is learned.
     """
     axis = {"token": 2, "clip": 1}[within]
     variance, mean = torch.var_mean(targets.float(), axis, correction=0, keepdim=True)
@@ -381,46 +293,94 @@ class JEPA(nn.Module):
     `targets` is what the target encoder makes of the whole clip.
     """
 
-    def __init__(
-        self,
-        config: JEPAConfig,
-        loss: str = "l2",
-        target_norm: str = "token",
-        anti_collapse: float = 0.0,  # weight of variance_covariance
-    ):
+    def __init__(self, config: JEPAConfig, loss: str = "l2", target_norm: str = "token"):
         super().__init__()
         self.config = config
         self.context_encoder = VisionTransformer(config)
         self.predictor = Predictor(config)
         self.loss_function = LOSSES[loss]
         self.target_norm = target_norm
-        self.anti_collapse = anti_collapse
 
     def forward(self, spectrogram, context_idx, target_idx, targets):
         context = self.context_encoder(spectrogram, context_idx)  # [B, C, D], c = f_ctx(x \ M)
         predictions = self.predictor(context, context_idx, target_idx)  # [B, M, D], g_pred(c)
         # Stop-gradient: the targets are constants here. If gradient descent could move them too,
-        # the two encoders would meet where it costs least: every clip mapped to one constant, which
-        # is predicted without error and says nothing (collapse). In train.py no gradient could flow
-        # to them anyway, as the target encoder runs under no_grad and no optimizer has its weights.
-        # `detach` makes sure of it for any other caller.
-        normalised = normalise_targets(targets.detach(), self.target_norm)  # [B, N, D]
-        wanted = gather_tokens(normalised, target_idx)  # [B, M, D], f_tgt(x)_j for j in M
-        loss = self.loss_function(predictions.float(), wanted)
-        if self.anti_collapse > 0:
-            # The gradient of the term counts, and its value does not, as the difference is 0. So
-            # the log shows eq. (2) alone, and `explained` of train.py compares like with like.
-            term = self.anti_collapse * variance_covariance(context)
-            loss = loss + (term - term.detach())
-        return loss
+        # it would take the cheapest way: map every clip to one constant, which is predicted without
+        # error and says nothing (collapse). In train.py no gradient could reach them anyway,
+        # because the target encoder runs under no_grad and no optimizer holds its weights. `detach`
+        # makes sure of it for any other caller.
+        targets = normalise_targets(targets.detach(), self.target_norm)  # [B, N, D]
+        targets = gather_tokens(targets, target_idx)  # [B, M, D], f_tgt(x)_j for j in M
+        return self.loss_function(predictions.float(), targets)
 
 
 # ------------------------------------------------------------------------------------------------
-# The method ends here. What follows only counts.
+# The method ends here. What follows are the positions, and a table of sizes.
+
+
+def position_table(config: JEPAConfig, dim: int, heads: int) -> torch.Tensor:
+    """The table of a network that is `dim` wide: a line for each patch."""
+    if config.positions == "sincos":
+        return sincos_positions(dim, config.grid)
+    if config.positions == "rotary":
+        return rotary_positions(dim // heads, config.grid)
+    raise ValueError(f"positions {config.positions}: sincos or rotary is needed")
+
+
+def sincos_positions(dim: int, grid: tuple[int, int]) -> torch.Tensor:
+    """Fixed 2-D sin-cos table -> [N, dim], to be added to tokens (sec. IV.B).
+
+    The first half of the width holds sines, then cosines, of the mel angles; the second half holds
+    those of the time angles.
+    """
+    angle = patch_angles(dim, grid, base=10000.0)  # [N, 2, dim / 4]
+    return torch.cat([angle.sin(), angle.cos()], dim=2).flatten(1).float()
+
+
+def rotary_positions(dim: int, grid: tuple[int, int]) -> torch.Tensor:
+    """Fixed 2-D rotary table -> [N, dim], for `rotate`: dim / 2 sines, then their cosines.
+
+    The base is 100 because an axis has tens of patches: angles that grow by less than 1 / 100 from
+    patch to patch would hardly differ.
+    """
+    angle = patch_angles(dim, grid, base=100.0).flatten(1)  # [N, dim / 2]
+    return torch.cat([angle.sin(), angle.cos()], dim=1).float()
+
+
+def patch_angles(dim: int, grid: tuple[int, int], base: float) -> torch.Tensor:
+    """The mel and time index of each patch, times dim / 4 frequencies -> [N, 2, dim / 4], radians.
+
+    Patches are numbered t * mel_patches + f. The axis of 2 is mel, then time, as in the authors'
+    code, so that their weights fit. The frequencies fall from 1 to nearly 1 / base.
+    """
+    time_patches, mel_patches = grid
+    t = torch.arange(time_patches).repeat_interleave(mel_patches)  # [N]: 0 0 0 ... 1 1 1 ...
+    f = torch.arange(mel_patches).repeat(time_patches)  # [N]: 0 1 2 ... 0 1 2 ...
+    index = torch.stack([f, t], dim=1)  # [N, 2]
+    frequencies = base ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    return index.unsqueeze(2) * frequencies
+
+
+def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """Rotary positions (RoFormer, arXiv 2104.09864) along two axes (sec. VII, point 2).
+
+    x [B, H, L, d], queries or keys of width d = D / H; rotation [B, L, d] or [L, d], their lines of
+    the table -> [B, H, L, d].
+
+    Features i and i + d / 2 of x are a point in a plane. It is rotated by an angle that grows with
+    the mel index (the first d / 4 points) or with the time index (the others). The product of a
+    query and a key then depends on how far apart their patches are in time and in mel, and in which
+    direction, but not on where they are. The network is never told the mel band of a patch: it has
+    to infer it from the sound, or from the missing neighbours at the edges.
+    """
+    rotation = rotation.to(x.dtype).unsqueeze(-3)  # [B, 1, L, d] or [1, L, d]: alike in all heads
+    sin, cos = rotation.chunk(2, dim=-1)  # each [..., L, d / 2]
+    a, b = x.chunk(2, dim=-1)  # [B, H, L, d / 2]
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
 def count_millions(network: nn.Module) -> float:
-    """Parameters and buffers, in millions: the paper counts the position table as well."""
+    """Parameters and buffers, in millions, because the paper counts the position table as well."""
     return sum(tensor.numel() for tensor in network.state_dict().values()) / 1e6
 
 

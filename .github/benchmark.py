@@ -18,11 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train
-from data import LogMel
-from data import clip_loader
-from data import clip_order
-from model import JEPA
-from model import count_millions
+from data import LogMel, clip_loader, clip_order
+from model import JEPA, count_millions
 
 
 def gflop_per_clip(config):
@@ -62,14 +59,14 @@ def measure(run, clips):
     args = run.args
     device = run.device
     steps = iter(range(10**6))
-    order = clip_order(len(clips), args.seed, args.batch_size, range(10**6), run.rows)
+    order = clip_order(len(clips), args.seed, args.batch_size, range(10**6), run.shares)
     batches = iter(clip_loader(clips, order, args.workers))
 
     def read():
-        return [next(batches).audio.to(device) for _ in range(args.accum)]
+        return [next(batches).clips.to(device) for _ in range(args.accum)]
 
     waveforms = read()
-    frames = [run.log_mel(part).squeeze(1) for part in waveforms]  # a step only normalises these
+    frames = [run.log_mel(part).squeeze(1) for part in waveforms]  # the step only normalises them
 
     def log_mel():
         for part in waveforms:
@@ -82,8 +79,8 @@ def measure(run, clips):
         train.train_step(run, next(steps), read())
 
     seconds(step_alone, device)  # allocates for masks of many sizes
-    args.mask_ratio = [0.5, 0.5]  # from here on all steps are alike
-    workers = max(args.workers, 1)  # each delivers in its turn, so that we time whole rounds
+    args.mask_ratio = [0.5, 0.5]  # all steps are alike from here on
+    workers = max(args.workers, 1)  # they deliver in turn, so whole rounds are timed
     return {
         "reading": seconds(read, device, 5 * workers),
         "log-mel": seconds(log_mel, device),
@@ -97,9 +94,9 @@ def main():
     processes = train.launched_processes()
     device = train.choose_device()
     config = train.config_of(args)
-    log_mel = LogMel(args.sample_rate, args.clip_seconds, config.time_bins, config.mel_bins)
+    log_mel = LogMel(args.sample_rate, args.clip_seconds, config.time_bins)
     clips = train.open_clips(args)
-    train.start_processes(processes, device)
+    train.connect(processes, device)
     amp = train.from_first_process(train.choose_amp(args.amp, device.type))
     precision = train.PRECISIONS[amp]
     run = train.build_run(args, config, log_mel.to(device), processes, device, precision)
@@ -108,7 +105,7 @@ def main():
     size = 4096 if device.type == "cpu" else 8192
     matrix = torch.randn(size, size, device=device, dtype=precision)
     product = 2 * size**3 / seconds(lambda: matrix @ matrix, device) / 1e12
-    if processes.rank == 0:
+    if processes.is_first:
         print(f"{args.model}, batch {args.batch_size}, {precision}, {processes.count} processes")
         gflop = gflop_per_clip(config)
         print(f"{count_millions(run.model):.1f} M parameters, {gflop:.1f} GFLOP a clip and step")
@@ -119,7 +116,7 @@ def main():
         print(f"step alone: {speed:.2f} TFLOP/s a process, {speed / product:.0%} of the", end=" ")
         print(f"{product:.2f} TFLOP/s of a matrix product")
         print(f"peak memory {train.memory_gib(device):.2f} GiB")
-    train.end_processes()
+    train.disconnect()
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
     python .github/figures.py tokens CHECKPOINT SOUND OUT.png       what the tokens are like
     python .github/figures.py curves HEALTHY COLLAPSED OUT.svg      two runs, by their folders
 
-`mask` needs a last.pt or step-*.pt of train.py, as it asks the predictor. `curves` shows also the
-kNN accuracy, if `extract.py RUN/step-*.pt TASK --probe knn --json RUN/knn.json` has measured it.
+`mask` needs a last.pt or step-*.pt of train.py, because it runs the predictor. `curves` also shows
+the kNN accuracy, if `extract.py RUN/step-*.pt TASK --probe knn --json RUN/knn.json` was run.
 """
 
 import csv
@@ -16,19 +16,15 @@ import sys
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import AudioClips
-from data import LogMel
+from data import AudioClips, LogMel
 from extract import load_encoder
 from masking import random_mask
-from model import JEPAConfig
-from model import Predictor
-from model import VisionTransformer
-from model import gather_tokens
-from model import normalise_targets
+from model import JEPAConfig, Predictor, VisionTransformer, gather_tokens, normalise_targets
 from train import load_checkpoint
 
 matplotlib.use("agg")
@@ -42,7 +38,7 @@ class Networks:
         stored = load_checkpoint(checkpoint)
         self.config = JEPAConfig(**stored["config"]["model"])
         self.log_mel = LogMel(**stored["config"]["log_mel"])
-        self.target_norm = stored["settings"].get("target_norm", "token")
+        self.target_norm = stored["settings"]["target_norm"]
         self.target_encoder = VisionTransformer(self.config)
         self.target_encoder.load_state_dict(stored["target_encoder"])
         self.context_encoder = VisionTransformer(self.config)
@@ -84,36 +80,36 @@ def draw_mask(checkpoint, sound, out):
     generator = torch.Generator().manual_seed(0)
     context_idx, target_idx = random_mask(1, config.grid, num_patches // 2, generator)
     targets = normalise_targets(nets.target_encoder(nets.spectrogram), nets.target_norm)
-    wanted = gather_tokens(targets, target_idx)
+    targets = gather_tokens(targets, target_idx)
     context = nets.context_encoder(nets.spectrogram, context_idx)
     predictions = nets.predictor(context, context_idx, target_idx)
-    error = (predictions - wanted).square().mean(-1)  # 1 is the error of answering 0
+    error = (predictions - targets).square().mean(-1)  # predicting 0 has an error of 1
 
     spectrogram = nets.spectrogram[0, 0]
     masked = torch.zeros(num_patches).scatter_(0, target_idx[0], 1.0)
     seen = spectrogram.masked_fill(per_pixel(masked, config) > 0, torch.nan)
     errors = torch.full((num_patches,), torch.nan).scatter_(0, target_idx[0], error[0])
     seconds = nets.log_mel.clip_seconds
-    figure, rows = plt.subplots(3, 1, figsize=(8, 4.6), sharex=True, layout="constrained")
-    show(rows[0], spectrogram, "log-mel", config, seconds)
-    show(rows[1], seen, "what the context encoder sees", config, seconds)
+    figure, panels = plt.subplots(3, 1, figsize=(8, 4.6), sharex=True, layout="constrained")
+    show(panels[0], spectrogram, "log-mel", config, seconds)
+    show(panels[1], seen, "what the context encoder sees", config, seconds)
     title = "squared error of the prediction, mean over the features of a masked patch"
-    image = show(rows[2], per_pixel(errors, config), title, config, seconds, "magma")
+    image = show(panels[2], per_pixel(errors, config), title, config, seconds, "magma")
     image.set_clim(vmin=0)
-    figure.colorbar(image, ax=rows[2], pad=0.01)
-    rows[2].set_xlabel("seconds")
+    figure.colorbar(image, ax=panels[2], pad=0.01)
+    panels[2].set_xlabel("seconds")
     figure.savefig(out, dpi=75)
 
 
 @torch.no_grad()
 def draw_tokens(checkpoint, sound, out):
-    """The first 20 s. What the tokens at one place of a window have in common is taken away first:
-    three colours would show little else, and it tells of the place alone."""
+    """The first 20 s. The mean token of each position is subtracted first, because three colours
+    would show little else."""
     encoder = load_encoder(checkpoint)
     config = encoder.network.config
     files = AudioClips(sound, encoder.sampling_rate).source
-    windows = [torch.from_numpy(window) for window in files.windows(0, encoder.window)]
-    waveform = torch.cat(windows[:-1]).unsqueeze(0)  # the last one is shorter
+    windows = list(files.windows(0, encoder.excerpt_samples))
+    waveform = torch.from_numpy(np.concatenate(windows[:-1])).unsqueeze(0)  # the last is shorter
     tokens = encoder(waveform).view(-1, *config.grid, config.dim)  # [windows, 16, 8, D]
     tokens = (tokens - tokens.mean(0)).flatten(0, 1)  # [R, 8, D]
     tokens = tokens[: round(20_000 / encoder.hop_size_in_ms)]
@@ -129,14 +125,14 @@ def draw_tokens(checkpoint, sound, out):
 
     samples = round(seconds * encoder.sampling_rate)
     spectrogram = encoder.log_mel.frames(waveform[:, :samples])[0]
-    figure, rows = plt.subplots(2, 1, figsize=(8, 3.6), sharex=True, layout="constrained")
-    show(rows[0], spectrogram, "log-mel", config, seconds)
+    figure, panels = plt.subplots(2, 1, figsize=(8, 3.6), sharex=True, layout="constrained")
+    show(panels[0], spectrogram, "log-mel", config, seconds)
     extent = (0, seconds, 0, config.mel_bins)
-    rows[1].imshow(picture, origin="lower", aspect="auto", extent=extent, interpolation="nearest")
+    panels[1].imshow(picture, origin="lower", aspect="auto", extent=extent, interpolation="nearest")
     title = "its tokens: three principal components as red, green, blue"
-    rows[1].set_title(title, fontsize=10, loc="left")
-    rows[1].set_xlabel("seconds")
-    rows[1].set_ylabel("mel band")
+    panels[1].set_title(title, fontsize=10, loc="left")
+    panels[1].set_xlabel("seconds")
+    panels[1].set_ylabel("mel band")
     figure.savefig(out, dpi=75)
 
 
@@ -145,19 +141,19 @@ def draw_curves(healthy, collapsed, out):
     figure, panels = plt.subplots(1, 5, figsize=(13, 2.6), layout="constrained")
     for run, colour in [(healthy, "tab:green"), (collapsed, "tab:red")]:
         with open(Path(run) / "log.csv", newline="") as file:
-            rows = list(csv.DictReader(file))
-        steps = [int(row["step"]) for row in rows]
+            lines = list(csv.DictReader(file))
+        steps = [int(line["step"]) for line in lines]
         for panel, column in zip(panels, columns, strict=False):
-            panel.plot(steps, [float(row[column]) for row in rows], color=colour)
+            panel.plot(steps, [float(line[column]) for line in lines], color=colour)
             panel.set_title(column, fontsize=10)
         measured = Path(run) / "knn.json"
         if measured.exists():
             accuracy = json.loads(measured.read_text())["accuracy"]
             points = []
-            for name, row in accuracy.items():
+            for name, probes in accuracy.items():
                 step = re.search(r"step-(\d+)\.pt", name)
                 if step is not None:
-                    points.append((int(step[1]), row["knn"]))
+                    points.append((int(step[1]), probes["knn"]))
             points = [(0, accuracy["untrained, concat"]["knn"]), *sorted(points)]
             panels[4].plot(*zip(*points, strict=True), "o-", color=colour)
     panels[0].set_yscale("log")
