@@ -5,8 +5,8 @@
 
 model.py    sizes, positions, initialisation, what each network sees, the loss, where gradients go
 masking.py  random and block masks, their reproducibility, the EMA and its schedule
-data.py     log-mel against Kaldi, every kind of input, clips, windows, filling up, packing
-train.py    a step by hand; one process = several = accumulation = resume; monitors; faults
+data.py     log-mel against Kaldi, every kind of input, clips, excerpts, filling up, packing
+train.py    a step by hand; monitors; one process = several = accumulation = resume; faults
 extract.py  embeddings whatever the batching, probes, X-ARES, fine-tuning, the authors' checkpoint
 """
 
@@ -28,7 +28,6 @@ import sys
 import tarfile
 import threading
 import time
-import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,8 +36,7 @@ import pytest
 import soundfile
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
-from torch.utils.data import Subset
+from torch.utils.data import DataLoader, Subset
 from torchaudio.compliance import kaldi
 
 import data
@@ -46,11 +44,7 @@ import extract
 import masking
 import model
 import train
-from model import JEPA
-from model import PRESETS
-from model import JEPAConfig
-from model import Predictor
-from model import VisionTransformer
+from model import JEPA, PRESETS, JEPAConfig, Predictor, VisionTransformer
 
 HERE = Path(__file__).parent
 SMALL = JEPAConfig(
@@ -107,13 +101,13 @@ def corpus(folder, clips=12, seconds=2.0):
     return folder
 
 
-def packed(folder, frames, places=(0,), length=None):
-    """A packed folder, made by hand: recordings that begin at these places of frames [T, F]."""
+def packed(folder, frames, starts=(0,), length=None):
+    """A packed folder, made by hand: recordings that begin at these frames of [T, F]."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "all.f16").write_bytes(frames.astype(np.float16).tobytes())
     entries = []
-    for n, place in enumerate(places):
-        entries.append(f"{n}.wav\0all.f16\0{place}\0{length or len(frames)}".encode())
+    for n, start in enumerate(starts):
+        entries.append(f"{n}.wav\0all.f16\0{start}\0{length or len(frames)}".encode())
     np.save(folder / "index.npy", np.array(entries))
     (folder / "pack.json").write_text('{"sample_rate": 32000}')
     return folder
@@ -136,14 +130,14 @@ def run_python(*command, code=0, cwd=HERE, env=None, preexec_fn=None):
 
 def children(process):
     """The processes that this one has started, by number."""
-    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
-    return [int(number) for number in found.stdout.split()]
+    listed = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    return [int(number) for number in listed.stdout.split()]
 
 
 class Program(subprocess.Popen):
     def __exit__(self, error, *rest):
         if error is not None:
-            self.kill()  # else a test that falls would wait for its end
+            self.kill()  # or a failing test would wait for its end
         super().__exit__(error, *rest)
 
 
@@ -166,7 +160,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 def pretrain(out, *flags):
-    """A run in this process -> its checkpoint and its log, a list of rows."""
+    """A run in this process -> its checkpoint and its log."""
     train.main([*TINY, "--out", str(out), *map(str, flags)])
     return read_run(out)
 
@@ -178,15 +172,7 @@ def read_run(out):
 
 
 def column(log, name):
-    return [float(row[name]) for row in log]
-
-
-def without_clocks(log):
-    clocks = ("seconds", "clips_per_s", "data_wait", "memory_gib")
-    for row in log:
-        for name in clocks:
-            del row[name]
-    return log
+    return [float(line[name]) for line in log]
 
 
 NETWORKS = ("context_encoder", "target_encoder", "predictor")
@@ -200,12 +186,12 @@ def same_weights(one, other, tolerance=0.0):
     return True
 
 
-def error_line(capsys, *flags):
-    """The one line that train.py says before it exits with code 2."""
+def error_line(capsys, *flags, code=2):
+    """The last line that train.py says before it exits with this code."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         train.main(list(map(str, flags)))
-    assert stopped.value.code == 2
+    assert stopped.value.code == code
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     return lines[0]
@@ -234,6 +220,7 @@ def interrupted(out, step, *flags):
     thread.start()
     run = pretrain(out, *flags)
     thread.join()
+    assert run[0]["step"] < 20
     return run
 
 
@@ -241,6 +228,16 @@ def interrupted(out, step, *flags):
 def reference(tmp_path_factory):
     """An uninterrupted run of one process on synthetic clips."""
     return pretrain(tmp_path_factory.mktemp("reference"))
+
+
+class Hostile:
+    """An object whose loading would create a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
 
 
 # ================================================================================================
@@ -258,16 +255,13 @@ def test_the_position_table_is_the_formula():
     token = model.sincos_positions(32, (4, 3))[3 * 3 + 2]  # t = 3, f = 2
     k = 5
     frequency = 10000 ** -(k / 8)
-    wanted = [
-        math.sin(2 * frequency),
-        math.cos(2 * frequency),
-        math.sin(3 * frequency),
-        math.cos(3 * frequency),
-    ]
-    assert torch.allclose(token[[k, 8 + k, 16 + k, 24 + k]], torch.tensor(wanted))
+    expected = []
+    for index in (2, 3):
+        expected += [math.sin(index * frequency), math.cos(index * frequency)]
+    assert torch.allclose(token[[k, 8 + k, 16 + k, 24 + k]], torch.tensor(expected))
 
 
-@pytest.mark.parametrize("time, mel", [(16, 16), (8, 48), (32, 4)])
+@pytest.mark.parametrize("time, mel", [(16, 16), (8, 48)])
 def test_a_token_is_one_patch_in_time_major_order(time, mel):
     t = torch.arange(64.0).view(1, 1, 64, 1) // time
     f = torch.arange(48.0) // mel
@@ -299,25 +293,28 @@ def test_attention_is_the_fused_one():
     assert torch.allclose(attention(x), attention.proj(fused), atol=1e-5)
 
 
+def sharp(network):
+    """Attention far from uniform."""
+    for block in network.blocks:
+        block.attn.qkv.weight.data *= 20
+    return network
+
+
 @pytest.mark.parametrize("positions", ["sincos", "rotary"])
-@pytest.mark.parametrize("other", [8, 10])  # another place in mel, and in time
-def test_a_prediction_changes_with_the_position_it_is_asked_for(positions, other):
-    predictor = Predictor(dataclasses.replace(SMALL, positions=positions))
-    for block in predictor.blocks:
-        block.attn.qkv.weight.data *= 20  # attention far from uniform
+def test_a_prediction_changes_with_the_position_it_is_asked_for(positions):
+    predictor = sharp(Predictor(dataclasses.replace(SMALL, positions=positions)))
     context = torch.randn(1, 6, 32)
     context_idx = torch.arange(6).unsqueeze(0)
     at_7 = predictor(context, context_idx, torch.tensor([[7]]))
-    elsewhere = predictor(context, context_idx, torch.tensor([[other]]))
-    assert (at_7 - elsewhere).abs().max() > 1e-4
+    for other in (8, 10):  # another position in mel, and in time
+        elsewhere = predictor(context, context_idx, torch.tensor([[other]]))
+        assert (at_7 - elsewhere).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("time, mel", [(1, 0), (0, 1)])
 @pytest.mark.parametrize("positions", ["sincos", "rotary"])
-def test_rotary_positions_alone_know_distances_and_not_places(positions, time, mel):
-    encoder = VisionTransformer(dataclasses.replace(SMALL, positions=positions))
-    for block in encoder.blocks:
-        block.attn.qkv.weight.data *= 20  # attention far from uniform
+def test_rotary_positions_alone_depend_on_distances_only(positions, time, mel):
+    encoder = sharp(VisionTransformer(dataclasses.replace(SMALL, positions=positions)))
     spectrogram = a_spectrogram()
     context_idx = torch.tensor([[0, 1, 4, 6], [0, 3, 7, 4]])  # of 4 x 3 patches, none at the end
     moved = spectrogram.roll((16 * time, 16 * mel), dims=(2, 3))
@@ -327,7 +324,7 @@ def test_rotary_positions_alone_know_distances_and_not_places(positions, time, m
 
 
 @pytest.mark.parametrize("positions", ["sincos", "rotary"])
-def test_under_autocast_what_passes_the_blocks_is_not_rounded(positions):
+def test_autocast_does_not_round_the_residual_stream(positions):
     encoder = VisionTransformer(dataclasses.replace(SMALL, positions=positions))
     with torch.autocast("cpu", torch.bfloat16):
         assert encoder(a_spectrogram()).dtype == torch.float32
@@ -342,15 +339,6 @@ def test_weights_start_with_the_std_that_is_claimed():
             for layer in (block.attn.proj, block.mlp.fc2):
                 assert layer.weight.std().item() == pytest.approx(0.02 / (2 * i) ** 0.5, rel=0.05)
                 assert not layer.bias.any()
-
-
-def test_patch_scale_scales_the_first_patch_embedding_and_nothing_else():
-    plain = VisionTransformer(SMALL).state_dict()
-    torch.manual_seed(0)
-    scaled = VisionTransformer(dataclasses.replace(SMALL, patch_scale=3.0)).state_dict()
-    for name, weight in plain.items():
-        scale = 3.0 if name == "patch_embed.weight" else 1.0
-        assert torch.allclose(scaled[name], scale * weight)
 
 
 def test_the_loss_is_equation_2_on_normalised_targets():
@@ -377,35 +365,6 @@ def test_targets_over_a_clip_hold_nothing_that_all_its_tokens_share():
     assert torch.allclose(normalised, model.normalise_targets(targets, "clip"), atol=1e-4)
     assert torch.allclose(normalised.mean(1), torch.zeros(3, 32), atol=1e-5)
     assert torch.allclose(normalised.std(1, correction=0), torch.ones(3, 32), atol=1e-3)
-
-
-def test_variance_covariance_is_zero_for_white_tokens_alone():
-    tokens = torch.randn(2, 50, 8)
-    flat = tokens.flatten(0, 1)
-    orthogonal = torch.linalg.qr(flat - flat.mean(0)).Q  # columns of norm 1 and mean 0
-    white = (orthogonal * math.sqrt(99)).view(2, 50, 8)
-    one_direction = 2 * tokens[:, :, :1].expand(-1, -1, 8)  # of enough variance
-    assert model.variance_covariance(white).item() == pytest.approx(0, abs=1e-4)
-    assert model.variance_covariance(0.5 * white).item() == pytest.approx(25 * 8 * 0.5, rel=1e-3)
-    assert model.variance_covariance(one_direction) > 8 * 7 / 2  # all pairs are correlated
-
-
-def test_the_anti_collapse_term_adds_its_gradient_and_not_its_value():
-    plain = JEPA(SMALL)
-    guarded = JEPA(SMALL, anti_collapse=0.1)
-    guarded.load_state_dict(plain.state_dict())
-    spectrogram = a_spectrogram()
-    context_idx, target_idx = a_mask()
-    targets = torch.randn(2, 12, 32)
-    losses = []
-    for jepa in (plain, guarded):
-        losses.append(jepa(spectrogram, context_idx, target_idx, targets))
-        losses[-1].backward()
-    assert torch.allclose(*losses)
-    context = plain.context_encoder(spectrogram, context_idx)
-    (0.1 * model.variance_covariance(context)).backward()  # on top of what is there
-    for ours, theirs in zip(guarded.parameters(), plain.parameters(), strict=True):
-        assert torch.allclose(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("loss", model.LOSSES)
@@ -440,8 +399,7 @@ BOTH_MASKS = pytest.mark.parametrize("mask", masking.MASKS.values(), ids=masking
 
 
 @BOTH_MASKS
-@pytest.mark.parametrize("grid", [(16, 8), (1, 8), (48, 5)])
-@pytest.mark.parametrize("num_masked", [1, 4, 7])
+@pytest.mark.parametrize("grid, num_masked", [((16, 8), 60), ((1, 8), 1), ((1, 8), 7)])
 def test_context_and_target_are_disjoint_and_complete(mask, grid, num_masked):
     context_idx, target_idx = mask(7, grid, num_masked, generator())
     assert target_idx.shape == (7, num_masked)
@@ -468,10 +426,10 @@ def test_random_masks_hide_every_patch_equally_often():
 
 
 def test_block_masks_reach_the_edges_and_favour_no_corner():
-    share = hidden_maps(masking.block_mask, 20000).mean(0)
-    assert share.min() > 0.05  # a corner belongs to few rectangles, but to some
-    assert (share - share.flip(0)).abs().max() < 0.03
-    assert (share - share.flip(1)).abs().max() < 0.03
+    ratio = hidden_maps(masking.block_mask, 20000).mean(0)
+    assert ratio.min() > 0.05  # few rectangles reach a corner
+    assert (ratio - ratio.flip(0)).abs().max() < 0.03
+    assert (ratio - ratio.flip(1)).abs().max() < 0.03
 
 
 def test_block_masks_are_made_of_blocks():
@@ -486,16 +444,15 @@ def test_block_masks_are_made_of_blocks():
 @BOTH_MASKS
 def test_masks_are_a_pure_function_of_seed_and_step(mask):
     def draw(seed, step):
-        torch.rand(3)  # the global generator has no say
+        torch.rand(3)  # the global generator does not matter
         return masking.draw_masks(mask, seed, step, 8, (16, 8), (0.5, 0.5), "cpu")[1]
 
     assert torch.equal(draw(1, 5), draw(1, 5))
-    assert not torch.equal(draw(1, 5), draw(1, 6))
-    assert not torch.equal(draw(1, 5), draw(2, 5))
-    assert not torch.equal(draw(1, 6), draw(2, 5))
+    for seed, step in [(1, 6), (2, 5), (5, 1)]:
+        assert not torch.equal(draw(1, 5), draw(seed, step))
 
 
-def test_the_masked_share_is_drawn_once_a_step_over_its_whole_range():
+def test_the_masked_ratio_is_drawn_once_a_step_over_its_whole_range():
     counts = set()
     for step in range(1000):
         _, target_idx = masking.draw_masks(
@@ -507,15 +464,13 @@ def test_the_masked_share_is_drawn_once_a_step_over_its_whole_range():
 
 def test_no_mask_is_empty_and_none_is_all():
     for num_masked in (0, 128):
-        with pytest.raises(ValueError, match="patches masked"):
+        with pytest.raises(ValueError, match="mask some of them, but not all"):
             masking.random_mask(2, (16, 8), num_masked, generator())
 
 
 def test_ema_decay_is_byols_cosine():
-    assert masking.ema_decay(0, 100) == pytest.approx(0.996, abs=1e-12)
-    assert masking.ema_decay(50, 100) == pytest.approx(0.998, abs=1e-12)
-    assert masking.ema_decay(100, 100) == 1
-    assert masking.ema_decay(101, 100) == 1
+    decays = [masking.ema_decay(step, 100) for step in (0, 50, 100, 101)]
+    assert decays == pytest.approx([0.996, 0.998, 1, 1], abs=1e-12)
     assert masking.ema_decay(0, 100, base=0.9) == pytest.approx(0.9)
     assert masking.ema_decay(100, 100, end=0.999) == pytest.approx(0.999)
 
@@ -527,27 +482,26 @@ def test_ema_equals_its_closed_form():
     for _ in range(10):
         masking.update_ema(target, context, 0.9)
     for name, tensor in target.state_dict().items():
-        wanted = 0.9**10 * start[name] + (1 - 0.9**10) * context.state_dict()[name]
-        assert torch.allclose(tensor, wanted, atol=1e-6)
+        expected = 0.9**10 * start[name] + (1 - 0.9**10) * context.state_dict()[name]
+        assert torch.allclose(tensor, expected, atol=1e-6)
 
 
-def test_ema_covers_buffers_and_refuses_other_names():
+def test_ema_copies_buffers_and_refuses_another_network():
     target = torch.nn.BatchNorm1d(3)
     context = torch.nn.BatchNorm1d(3)
     context(torch.randn(8, 3))
     masking.update_ema(target, context, 0.5)
-    assert torch.allclose(target.running_mean, 0.5 * context.running_mean)
+    assert torch.equal(target.running_mean, context.running_mean)
     assert target.num_batches_tracked == 1
-    with pytest.raises(ValueError, match="running_mean"):
-        masking.update_ema(target, torch.nn.LayerNorm(3), 0.5)
+    with pytest.raises(RuntimeError):
+        masking.update_ema(target, torch.nn.Linear(3, 5), 0.5)
 
 
 # ================================================================================================
 # data.py: helpers
 
-FORMATS = [  # suffix, and the names that libsndfile has for it
+FORMATS = [  # extension, and the names that libsndfile has for it
     ("wav", "WAV", "PCM_U8"),
-    ("wav", "WAV", "PCM_24"),
     ("wav", "WAV", "FLOAT"),
     ("flac", "FLAC", "PCM_16"),
     ("ogg", "OGG", "VORBIS"),
@@ -564,7 +518,7 @@ def write_level(path, level, seconds=10.0):
 
 
 def write_ramp(path, samples):
-    """A file that rises from -0.9 to 0.9, so that a window shows where it was taken."""
+    """A file that rises from -0.9 to 0.9, so that an excerpt shows where it was taken."""
     soundfile.write(path, np.linspace(-0.9, 0.9, samples), 8000, subtype="PCM_24")
 
 
@@ -599,7 +553,7 @@ def pack(folder, out):
 # data.py: the log-mel
 
 
-@pytest.mark.parametrize("rate, mels", [(32000, 128), (16000, 80), (48000, 64)])
+@pytest.mark.parametrize("rate, mels", [(32000, 128), (16000, 80)])
 def test_the_log_mel_is_kaldis(rate, mels):
     sounds = [noise(10, rate), tone(10, rate) + 0.2, np.zeros(10 * rate, np.float32)]
     waveforms = torch.from_numpy(np.stack(sounds))
@@ -613,15 +567,10 @@ def test_the_log_mel_is_kaldis(rate, mels):
         "snip_edges": False,
         "dither": 0.0,
     }
-    wanted = torch.stack([kaldi.fbank(row.unsqueeze(0), **options) for row in waveforms])
-    ours = data.LogMel(rate, mel_bins=mels)(waveforms)
-    assert ours.shape == (3, 1, 256, mels)
-    assert (ours.squeeze(1) - wanted).abs().max() < 1e-3
-
-
-def test_the_log_mel_of_silence_is_finite():
-    frames = data.LogMel()(torch.zeros(1, 320000))
-    assert torch.allclose(frames, torch.tensor(math.log(data.FLOOR)))
+    expected = torch.stack([kaldi.fbank(sound.unsqueeze(0), **options) for sound in waveforms])
+    log_mel = data.LogMel(rate, mel_bins=mels)(waveforms)
+    assert log_mel.shape == (3, 1, 256, mels)
+    assert (log_mel.squeeze(1) - expected).abs().max() < 1e-3
 
 
 def test_the_measured_mean_and_std_normalise_the_set():
@@ -653,34 +602,48 @@ def test_every_layout_gives_the_recordings_of_the_folder(tmp_path, layout):
         with tarfile.open(tmp_path / "shards" / f"{shard}.tar", "w") as tar:
             for i in numbers:
                 tar.add(folder / f"{i:03d}.wav", f"{i:03d}.wav")
-    wanted = data.AudioClips(tmp_path / "a", clip_seconds=1.25)
+    expected = data.AudioClips(tmp_path / "a", clip_seconds=1.25)
     clips = data.AudioClips(tmp_path / layout, clip_seconds=1.25)
     assert len(clips) == 5
     for i in range(5):
         assert clips.source.name(i).endswith(f"{i:03d}.wav")
-        assert torch.equal(clips[i], wanted[i])
+        assert torch.equal(clips[i], expected[i])
 
 
-def test_a_sparse_member_of_a_tar_is_left_out_and_named(tmp_path, capsys):
+def test_what_cannot_be_decoded_is_left_out_and_named(tmp_path, capsys):
     write_level(tmp_path / "a.wav", 0.25)
     with open(tmp_path / "a.wav", "r+b") as file:
         file.truncate(2**22)  # a hole at its end
     write_level(tmp_path / "b.wav", 0.5)
     tar = ["tar", "--sparse", "-cf", tmp_path / "x.tar", "-C", tmp_path, "a.wav", "b.wav"]
     subprocess.run(tar, check=True)
-    clips = data.AudioClips(tmp_path / "x.tar")
-    assert len(clips) == 1
-    assert (clips[0] == 0.5).all()
-    assert "a.wav is a sparse member" in capsys.readouterr().err
+    (tmp_path / "a.wav").unlink()
+    for name in ("a.m4a", "b.M4A", "c.webm", "notes.pdf"):
+        (tmp_path / name).write_bytes(b"x")
+    clips = data.AudioClips(tmp_path)
+    assert [clips.source.name(i) for i in range(len(clips))] == ["b.wav", "x.tar/b.wav"]
+    assert (clips[1] == 0.5).all()
+    warning = capsys.readouterr().err
+    for hint in ("a.wav is a sparse member", "'.m4a': 2", "'.webm': 1"):
+        assert hint in warning
+    assert "pdf" not in warning
 
 
-@pytest.mark.parametrize("name", ["list.txt", "list.csv", "list.tsv"])
-@pytest.mark.parametrize("names", ["a", "a b", "a/000.wav b", "a {folder}/a/000.wav"])
-def test_a_list_with_folders_is_refused_and_told_what_to_do(tmp_path, name, names):
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("list.txt", "a"),
+        ("list.csv", "a/000.wav\nb"),
+        ("list.tsv", "a\n{folder}/a/000.wav"),
+        ("audioset.csv", "# Segments csv created Sun\n# num_ytids=1\n--aE2O5G5WE, 0.0, 10.0\n"),
+        ("wav.scp", "utt1 /data/utt1.wav\n"),
+    ],
+)
+def test_a_list_of_another_kind_is_refused_and_told_what_to_give(tmp_path, name, content):
     corpus(tmp_path / "a", 1)
     corpus(tmp_path / "b", 1)
-    (tmp_path / name).write_text(names.format(folder=tmp_path).replace(" ", "\n"))
-    with pytest.raises(ValueError, match="name no file.*for several folders, put links"):
+    (tmp_path / name).write_text(content.format(folder=tmp_path))
+    with pytest.raises(ValueError, match=f"{name}.*give a folder, .* with a path a line"):
         data.AudioClips(tmp_path / name)
 
 
@@ -707,53 +670,28 @@ def test_odd_names_are_read_and_printed_on_one_line(tmp_path):
     assert printed == {"with space.wav", "new\\nline.wav", "not utf8 \\udcff.wav", "ümlaut.wav"}
 
 
-def test_a_file_in_a_list_is_taken_whatever_its_ending(tmp_path):
+def test_a_file_in_a_list_is_accepted_whatever_its_extension(tmp_path):
     write_level(tmp_path / "x.wav", 0.5)
     os.rename(tmp_path / "x.wav", tmp_path / "x.wave")
     (tmp_path / "list.txt").write_text("x.wave\n")
     assert (data.AudioClips(tmp_path / "list.txt")[0] == 0.5).all()
 
 
-@pytest.mark.parametrize(
-    "name,content",
-    [
-        ("audioset.csv", "# Segments csv created Sun\n# num_ytids=1\n--aE2O5G5WE, 0.0, 10.0\n"),
-        ("wav.scp", "utt1 /data/utt1.wav\n"),
-        ("list.jsonl", '{"audio": "x.wav"}\n'),
-    ],
-)
-def test_a_list_of_another_kind_is_refused_and_told_what_is_wanted(tmp_path, name, content):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=f"{name}.*wanted is .* with a path a line"):
-        data.AudioClips(tmp_path / name)
-
-
-def test_sound_that_we_cannot_decode_is_not_passed_over_in_silence(tmp_path, capsys):
-    write_level(tmp_path / "x.wav", 0.5)
-    for name in ("a.m4a", "b.M4A", "c.webm", "notes.pdf"):
-        (tmp_path / name).write_bytes(b"x")
-    assert len(data.AudioClips(tmp_path)) == 1
-    warning = capsys.readouterr().err
-    assert "'.m4a': 2" in warning
-    assert "'.webm': 1" in warning
-    assert "pdf" not in warning
-
-
 # ================================================================================================
 # data.py: decoding
 
 
-@pytest.mark.parametrize("suffix, container, subtype", FORMATS)
-def test_every_format_is_read_and_its_channels_averaged(tmp_path, suffix, container, subtype):
+@pytest.mark.parametrize("extension, container, subtype", FORMATS)
+def test_every_format_is_read_and_its_channels_averaged(tmp_path, extension, container, subtype):
     left = tone(2, 48000)
     stereo = np.stack([left, left / 2], axis=1)
-    soundfile.write(tmp_path / f"x.{suffix}", stereo, 48000, subtype, format=container)
-    clip = data.AudioClips(tmp_path, 48000, clip_seconds=1.0).read(0, 0).audio
+    soundfile.write(tmp_path / f"x.{extension}", stereo, 48000, subtype, format=container)
+    clip = data.AudioClips(tmp_path, 48000, clip_seconds=1.0)[0].numpy()
     assert np.abs(np.fft.rfft(clip)).argmax() == 440
     assert clip.std() == pytest.approx(0.75 * left.std(), rel=0.02)
 
 
-@pytest.mark.parametrize("rate", [5000, 8000, 22050, 44100, 48000, 44099])
+@pytest.mark.parametrize("rate", [8000, 44100, 44099])
 def test_resampling_keeps_pitch_and_length(rate):
     waveform = data.resample(tone(2, rate), rate, 32000)
     middle = slice(2000, 62000)
@@ -761,17 +699,16 @@ def test_resampling_keeps_pitch_and_length(rate):
     assert np.abs(waveform[middle] - tone(2)[middle]).max() < 0.01
 
 
-@pytest.mark.parametrize("suffix, container, subtype", FORMATS)
-def test_of_a_file_that_ends_early_all_that_is_there_is_used(tmp_path, suffix, container, subtype):
-    path = tmp_path / f"x.{suffix}"
+@pytest.mark.parametrize("extension, container, subtype", FORMATS)
+def test_a_file_that_ends_early_gives_what_is_there(tmp_path, extension, container, subtype):
+    path = tmp_path / f"x.{extension}"
     soundfile.write(path, noise(20, 48000), 48000, subtype, format=container)
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
     clips = data.AudioClips(tmp_path, 48000, clip_seconds=5.0)
     for epoch in range(8):
         clip, reads, bad = clips.read(epoch, 0)
-        assert reads == 1
-        assert bad == []
+        assert (reads, bad) == (1, [])
         assert clip[-4800:].std() > 0.05
     samples = sum(len(window) for window in clips.source.windows(0, 48000))
     assert 8 < samples / 48000 < 12
@@ -784,7 +721,7 @@ def test_a_flac_of_unknown_length_is_read_to_its_end(tmp_path):
     content[22:26] = bytes(4)
     (tmp_path / "x.flac").write_bytes(content)
     files = data.AudioClips(tmp_path, 8000).source
-    starts = [files.window(0, 40000, random.Random(seed))[0] for seed in range(40)]
+    starts = [files.excerpt(0, 40000, random.Random(seed))[0] for seed in range(40)]
     assert min(starts) < -0.75
     assert 0.6 < max(starts) < 0.68  # 5 s before the end it is 0.675
     assert sum(len(window) for window in files.windows(0, 40000)) == 40 * 8000
@@ -793,9 +730,7 @@ def test_a_flac_of_unknown_length_is_read_to_its_end(tmp_path):
 ID3 = b"ID3\3\0\0\0\0\0\x40" + bytes(64)  # a tag, as an MP3 begins
 
 
-@pytest.mark.parametrize(
-    "before", [b"", ID3 + bytes(100), ID3 + ID3, b"\n", bytes(4096), b"ICY 200 OK\r\n\r\n", None]
-)
+@pytest.mark.parametrize("before", [b"", ID3 + bytes(100), bytes(4096), None])
 def test_an_mp3_is_read_as_far_as_soundfile_reads_its_path(tmp_path, before):
     path = tmp_path / "x.mp3"
     soundfile.write(path, tone(12, 44100), 44100)
@@ -804,36 +739,24 @@ def test_an_mp3_is_read_as_far_as_soundfile_reads_its_path(tmp_path, before):
         path.write_bytes(content[1000:])  # begins within a frame
     else:
         path.write_bytes(before + content)
-    wanted, _ = soundfile.read(path, dtype="float32")
-    assert len(wanted) > 8 * 44100
+    expected, _ = soundfile.read(path, dtype="float32")
+    assert len(expected) > 8 * 44100
     windows = list(data.AudioFiles(tmp_path, 44100).windows(0, 44100))
-    assert np.array_equal(np.concatenate(windows), wanted)
-
-
-def test_an_mp3_that_cannot_be_opened_in_a_tar_is_named_like_any_bad_file(tmp_path):
-    soundfile.write(tmp_path / "x.mp3", tone(3), 32000)
-    content = (tmp_path / "x.mp3").read_bytes()
-    (tmp_path / "x.mp3").write_bytes(bytes(4096) + content)
-    with tarfile.open(tmp_path / "x.tar", "w") as tar:
-        tar.add(tmp_path / "x.mp3", "x.mp3")
-    clip, _, bad = data.AudioClips(tmp_path / "x.tar").read(0, 0)
-    assert clip is None
-    assert bad[0][0] == "x.tar/x.mp3"
+    assert np.array_equal(np.concatenate(windows), expected)
 
 
 @pytest.mark.parametrize(
-    "suffix, container, subtype",
-    [("wav", "WAV", "GSM610"), ("au", "AU", "G721_32"), ("wav", "WAV", "NMS_ADPCM_16")],
+    "extension, container, subtype", [("wav", "WAV", "GSM610"), ("au", "AU", "G721_32")]
 )
-def test_a_format_without_seeking_is_read_from_any_place(tmp_path, suffix, container, subtype):
-    path = tmp_path / f"x.{suffix}"
+def test_a_format_without_seeking_is_read_from_anywhere(tmp_path, extension, container, subtype):
+    path = tmp_path / f"x.{extension}"
     soundfile.write(path, noise(90, 8000), 8000, subtype, format=container)
-    wanted, _ = soundfile.read(path, dtype="float32")
+    expected, _ = soundfile.read(path, dtype="float32")
     files = data.AudioFiles(tmp_path, 8000)
-    assert np.array_equal(np.concatenate(list(files.windows(0, 40000))), wanted)
-    late = files.window(0, 40000, SimpleNamespace(random=lambda: 0.99))
-    start = int(0.99 * (len(wanted) - 40000 + 1))
-    assert np.array_equal(late, wanted[start : start + 40000])
+    assert np.array_equal(np.concatenate(list(files.windows(0, 40000))), expected)
+    late = files.excerpt(0, 40000, SimpleNamespace(random=lambda: 0.99))
+    start = int(0.99 * (len(expected) - 40000 + 1))
+    assert np.array_equal(late, expected[start : start + 40000])
 
 
 # ================================================================================================
@@ -842,19 +765,19 @@ def test_a_format_without_seeking_is_read_from_any_place(tmp_path, suffix, conta
 
 @pytest.mark.parametrize("kind", ["files", "synthetic"])
 def test_a_clip_is_a_pure_function_of_seed_epoch_and_number(tmp_path, kind):
-    def make(seed):
+    def read(seed, epoch, i, *before):
+        clips = data.SyntheticClips(clip_seconds=1.25, seed=seed)
         if kind == "files":
-            return data.AudioClips(tmp_path / "c", clip_seconds=1.25, seed=seed)
-        return data.SyntheticClips(clip_seconds=1.25, seed=seed)
+            clips = data.AudioClips(tmp_path / "c", clip_seconds=1.25, seed=seed)
+        for other in before:
+            clips.read(*other)
+        return clips.read(epoch, i)[0]
 
     corpus(tmp_path / "c")
-    clip = make(seed=7).read(3, 2).audio
-    clips = make(seed=7)
-    clips.read(4, 5)  # what was read before does not matter
-    assert np.array_equal(clips.read(3, 2).audio, clip)
-    assert not np.array_equal(clips.read(4, 2).audio, clip)
-    assert not np.array_equal(clips.read(3, 1).audio, clip)
-    assert not np.array_equal(make(seed=8).read(3, 2).audio, clip)
+    clip = read(7, 3, 2)
+    assert np.array_equal(read(7, 3, 2, (4, 5)), clip)  # what was read before does not matter
+    for other in [(7, 4, 2), (7, 3, 1), (8, 3, 2)]:
+        assert not np.array_equal(read(*other), clip)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -865,15 +788,15 @@ def test_any_data_loader_takes_clips_and_subsets_of_them(tmp_path, workers):
     assert torch.equal(batch, torch.stack([clips[3], clips[1]]))
 
 
-def test_windows_of_a_recording_reach_its_start_and_its_end(tmp_path):
+def test_excerpts_of_a_recording_reach_its_start_and_its_end(tmp_path):
     write_ramp(tmp_path / "x.wav", 5003)
     files = data.AudioClips(tmp_path, 8000).source
-    starts = {files.window(0, 5000, random.Random(seed))[0] for seed in range(50)}
+    starts = {files.excerpt(0, 5000, random.Random(seed))[0] for seed in range(50)}
     ramp, _ = soundfile.read(tmp_path / "x.wav", dtype="float32")
     assert starts == set(ramp[:4])
 
 
-def test_a_long_recording_gives_another_window_in_each_epoch(tmp_path):
+def test_a_long_recording_gives_another_excerpt_in_each_epoch(tmp_path):
     write_ramp(tmp_path / "x.wav", 90 * 8000)
     clips = data.AudioClips(tmp_path, 8000)
     starts = set()
@@ -894,19 +817,14 @@ def test_a_short_recording_is_filled_up_with_others(tmp_path):
     assert (clip != 0.5).any()
 
 
-@pytest.mark.parametrize("seconds, silent", [(9.3, 0.0), (9.5, 0.5)])
-def test_only_a_rest_shorter_than_a_patch_stays_silent(tmp_path, seconds, silent):
-    write_level(tmp_path / "x.wav", 0.5, seconds)
-    clip = data.AudioClips(tmp_path)[0]
-    assert clip.shape == (320000,)
+@pytest.mark.parametrize(
+    "recording, clip_seconds, silent", [(9.3, 10.0, 0.0), (9.5, 10.0, 0.5), (1.0, 0.3125, 0.0)]
+)
+def test_only_a_rest_shorter_than_a_patch_stays_silent(tmp_path, recording, clip_seconds, silent):
+    write_level(tmp_path / "x.wav", 0.5, recording)
+    clip = data.AudioClips(tmp_path, clip_seconds=clip_seconds)[0]
+    assert clip.shape == (clip_seconds * 32000,)
     assert (clip == 0).sum() == silent * 32000
-
-
-def test_a_clip_may_be_shorter_than_a_patch(tmp_path):
-    write_level(tmp_path / "x.wav", 0.5, seconds=1.0)
-    clip = data.AudioClips(tmp_path, clip_seconds=0.3125)[0]
-    assert clip.shape == (10000,)
-    assert (clip == 0.5).all()
 
 
 @pytest.mark.parametrize("how", BAD)
@@ -925,10 +843,7 @@ def test_a_bad_recording_is_replaced_and_reported(tmp_path, how, name):
 def test_ten_bad_recordings_in_a_row_are_no_clip(tmp_path):
     break_file(tmp_path / "x.wav", "nan")
     clips = data.AudioClips(tmp_path)
-    clip, reads, bad = clips.read(0, 0)
-    assert clip is None
-    assert reads == len(bad) == 10
-    with pytest.raises(RuntimeError, match="10 recordings in a row .* x.wav: holds NaN"):
+    with pytest.raises(OSError, match="ten recordings in a row .* x.wav: holds NaN"):
         clips[0]
 
 
@@ -939,17 +854,17 @@ def test_ten_bad_recordings_in_a_row_are_no_clip(tmp_path):
 def test_processes_with_accumulation_read_every_clip_once_an_epoch():
     read = []
     for rank in range(2):
-        rows = train.rows_of_process(batch_size=12, accum=2, rank=rank, processes=2)
-        for batch in data.clip_order(30, 0, 12, range(10), rows):
+        shares = train.shares_of_process(batch_size=12, accum=2, rank=rank, processes=2)
+        for batch in data.clip_order(30, 0, 12, range(10), shares):
             assert len(batch) == 3
             read += batch
     assert sorted(read) == [(epoch, i) for epoch in range(4) for i in range(30)]
 
 
 def test_the_order_can_be_entered_at_any_step():
-    rows = train.rows_of_process(batch_size=12, accum=2, rank=0, processes=1)
-    whole = list(data.clip_order(30, 0, 12, range(10), rows))
-    late = list(data.clip_order(30, 0, 12, range(7, 10), rows))
+    shares = train.shares_of_process(batch_size=12, accum=2, rank=0, processes=1)
+    whole = list(data.clip_order(30, 0, 12, range(10), shares))
+    late = list(data.clip_order(30, 0, 12, range(7, 10), shares))
     assert late == whole[2 * 7 :]
 
 
@@ -962,7 +877,7 @@ def test_batches_do_not_depend_on_the_number_of_workers(tmp_path):
     with_two = list(data.clip_loader(clips, order, workers=2))
     assert len(without) == len(with_two) == 6
     for a, b in zip(without, with_two, strict=True):
-        assert torch.equal(a.audio, b.audio)
+        assert torch.equal(a.clips, b.clips)
         assert (a.reads, a.bad) == (b.reads, b.bad)
     assert any(batch.bad for batch in without)
 
@@ -971,18 +886,16 @@ def test_batches_do_not_depend_on_the_number_of_workers(tmp_path):
 # data.py: scan and pack
 
 
-def test_packing_keeps_the_log_mel(tmp_path):
-    clips = data.AudioClips(corpus(tmp_path / "c", 3, seconds=10))
-    packed_clips = pack(tmp_path / "c", tmp_path / "p")
+def test_packing_keeps_the_log_mel_and_all_frames(tmp_path):
+    folder = corpus(tmp_path / "c", 3, seconds=10)
+    clips = data.AudioClips(folder)
+    packed_clips = pack(folder, tmp_path / "p")
     for i in range(3):
-        wanted = data.LogMel()(clips[i].unsqueeze(0))[0, 0]
+        expected = data.LogMel()(clips[i].unsqueeze(0))[0, 0]
         assert packed_clips.source.name(i) == clips.source.name(i)
-        assert (packed_clips[i] - wanted).abs().max() < 0.01
-
-
-def test_packing_keeps_all_frames_of_a_long_recording(tmp_path):
-    clips = pack(corpus(tmp_path / "c", 1, seconds=25), tmp_path / "p")
-    assert clips.source.window(0, 10**6, random.Random(0)).shape == (25 * 25.6, 128)
+        assert (packed_clips[i] - expected).abs().max() < 0.01
+    long = pack(corpus(tmp_path / "long", 1, seconds=25), tmp_path / "q")
+    assert long.source.excerpt(0, 10**6, random.Random(0)).shape == (25 * 25.6, 128)
 
 
 def test_a_packed_folder_of_another_rate_or_half_copied_is_refused(tmp_path):
@@ -1039,7 +952,7 @@ def test_the_learning_rate_is_the_papers():
 
 def test_the_defaults_are_the_papers():
     args = vars(train.parse_args([]))
-    wanted = {
+    papers = {
         "model": "base",
         "batch_size": 256,
         "steps": 100000,
@@ -1053,33 +966,19 @@ def test_the_defaults_are_the_papers():
         "sample_rate": 32000,
         "clip_seconds": 10.0,
     }
-    assert {name: args[name] for name in wanted} == wanted
-
-
-def test_a_warmup_that_would_fill_the_run_is_cut_and_said(capsys):
-    args = train.parse_args(["--steps", "6"])
-    assert args.warmup < 6
-    assert "--warmup 1000" in capsys.readouterr().out
+    assert {name: args[name] for name in papers} == papers
 
 
 def make_run():
-    """What main builds, for clips that are log-mel already: [8, 32, 128]."""
+    """What `train` builds, for clips that are log-mel already: [8, 32, 128]."""
     args = train.parse_args(TINY)
     config = JEPAConfig(time_bins=32, dim=32, depth=2, heads=2, predictor_dim=16, predictor_heads=2)
-    jepa = JEPA(config, args.loss)
+    log_mel = data.LogMel(time_bins=32, clip_seconds=1.25)
+    one = train.Processes()
+    run = train.build_run(args, config, log_mel, one, torch.device("cpu"), torch.float32)
     torch.manual_seed(1)
-    return train.Run(
-        args=args,
-        device=torch.device("cpu"),
-        precision=torch.float32,
-        rows=train.rows_of_process(args.batch_size, args.accum, 0, 1),
-        log_mel=data.LogMel(time_bins=32, clip_seconds=1.25),
-        model=jepa,
-        ddp_model=jepa,
-        target_encoder=VisionTransformer(config),  # unlike the context encoder
-        optimizer=train.make_optimizer(jepa, args.weight_decay),
-        scaler=torch.amp.GradScaler("cpu", enabled=False),
-    )
+    run.target_encoder = VisionTransformer(config)  # unlike the context encoder
+    return run
 
 
 def masks_of(run, step):
@@ -1088,26 +987,19 @@ def masks_of(run, step):
     )
 
 
-def test_a_step_predicts_the_target_encoders_view_of_the_whole_clip():
-    run = make_run()
-    frames = torch.randn(8, 32, 128)
-    targets = run.target_encoder(frames.unsqueeze(1))
-    loss = run.model(frames.unsqueeze(1), *masks_of(run, 7), targets)
-    result = train.train_step(run, 7, [frames])
-    assert torch.allclose(result.targets, targets, atol=1e-6)
-    assert result.loss == pytest.approx(loss.item(), rel=1e-5)
-
-
-def test_a_step_moves_the_weights_by_adamw_at_the_rate_of_its_step():
+def test_a_step_predicts_the_targets_and_moves_the_weights_by_adamw():
     run = make_run()
     by_hand = copy.deepcopy(run)
     frames = torch.randn(8, 32, 128)
-    train.train_step(run, 3, [frames])
+    result = train.train_step(run, 3, [frames])
     for group in by_hand.optimizer.param_groups:
         group["lr"] = train.learning_rate(3, 20, warmup=5)
     targets = by_hand.target_encoder(frames.unsqueeze(1))
-    by_hand.model(frames.unsqueeze(1), *masks_of(by_hand, 3), targets).backward()
+    loss = by_hand.model(frames.unsqueeze(1), *masks_of(by_hand, 3), targets)
+    loss.backward()
     by_hand.optimizer.step()
+    assert torch.allclose(torch.cat(result.targets), targets, atol=1e-6)
+    assert result.loss == pytest.approx(loss.item(), rel=1e-5)
     for name, parameter in run.model.state_dict().items():
         assert torch.allclose(parameter, by_hand.model.state_dict()[name], atol=1e-7)
 
@@ -1117,22 +1009,20 @@ def test_the_target_encoder_follows_the_context_encoder_after_its_step():
     before = run.target_encoder.patch_embed.weight.clone()
     train.train_step(run, 10, [torch.randn(8, 32, 128)])
     decay = masking.ema_decay(10, 20)
-    wanted = decay * before + (1 - decay) * run.model.context_encoder.patch_embed.weight
-    assert torch.allclose(run.target_encoder.patch_embed.weight, wanted, atol=1e-8)
+    expected = decay * before + (1 - decay) * run.model.context_encoder.patch_embed.weight
+    assert torch.allclose(run.target_encoder.patch_embed.weight, expected, atol=1e-8)
 
 
 def test_a_step_without_a_finite_gradient_moves_nothing():
     run = make_run()
-    before = copy.deepcopy(run.model).state_dict()
-    target_before = copy.deepcopy(run.target_encoder).state_dict()
     frames = torch.randn(8, 32, 128)
     frames[3, 5, 7] = math.nan
-    result = train.train_step(run, 10, [frames])
-    assert not math.isfinite(result.grad_norm)
-    for name, tensor in run.model.state_dict().items():
-        assert torch.equal(tensor, before[name])
-    for name, tensor in run.target_encoder.state_dict().items():
-        assert torch.equal(tensor, target_before[name])
+    for network in (run.model, run.target_encoder):
+        before = copy.deepcopy(network).state_dict()
+        result = train.train_step(run, 10, [frames])
+        assert not math.isfinite(result.grad_norm)
+        for name, tensor in network.state_dict().items():
+            assert torch.equal(tensor, before[name])
 
 
 def test_weight_decay_spares_biases_norms_and_the_mask_token():
@@ -1145,22 +1035,11 @@ def test_weight_decay_spares_biases_norms_and_the_mask_token():
     assert len(decaying["params"]) + len(sparing["params"]) == len(list(jepa.parameters()))
 
 
-def test_the_rows_of_all_processes_are_the_rows_of_the_batch():
-    rows = []
-    for rank in range(2):
-        for part in train.rows_of_process(batch_size=16, accum=2, rank=rank, processes=2):
-            rows += range(16)[part]
-    assert rows == [0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 12, 13, 14, 15]
-
-
 # ---- Monitors
 
 
-@pytest.mark.parametrize("target_norm", ["token", "clip"])
-@pytest.mark.parametrize("loss", model.LOSSES)
-def test_explained_is_1_for_a_perfect_predictor_and_0_for_one_that_knows_positions_alone(
-    loss, target_norm
-):
+@pytest.mark.parametrize("loss, target_norm", [("l2", "token"), ("cosine", "clip")])
+def test_explained_is_1_for_a_perfect_predictor_and_0_for_a_blind_one(loss, target_norm):
     jepa = JEPA(SMALL, loss, target_norm)
     targets = torch.randn(16, 12, 32) + torch.randn(1, 12, 32)
     target_idx = torch.arange(12).expand(16, -1)
@@ -1181,25 +1060,19 @@ def test_explained_does_not_praise_targets_that_depend_on_their_position_alone()
     assert train.explained(JEPA(SMALL), loss, targets, target_idx) < 0
 
 
-def test_monitors_of_healthy_targets():
-    monitors = train.monitors(torch.randn(256, 4, 64))
-    assert monitors["target_std"] == pytest.approx(0.5, abs=0.05)  # a mean over 4 tokens
-    assert monitors["token_std"] > 0.7
-    assert monitors["effective_rank"] > 50
-    assert abs(monitors["mean_cosine"]) < 0.05
-
-
-def test_monitors_see_clips_that_are_alike():
-    monitors = train.monitors(torch.randn(1, 4, 64).expand(256, 4, 64))
-    assert monitors["target_std"] == pytest.approx(0, abs=1e-6)
-    assert monitors["effective_rank"] == 1
-    assert monitors["mean_cosine"] == pytest.approx(1)
-
-
-def test_monitors_see_tokens_of_a_clip_that_are_alike():
-    monitors = train.monitors(torch.randn(256, 1, 64).expand(256, 4, 64))
-    assert monitors["token_std"] == pytest.approx(0, abs=1e-6)
-    assert monitors["target_std"] > 0.9
+def test_monitors_tell_healthy_targets_from_clips_or_tokens_that_are_alike():
+    healthy = train.monitors(torch.randn(256, 4, 64))
+    assert healthy["target_std"] == pytest.approx(0.5, abs=0.05)  # a mean over 4 tokens
+    assert healthy["token_std"] > 0.7
+    assert healthy["effective_rank"] > 50
+    assert abs(healthy["mean_cosine"]) < 0.05
+    clips_alike = train.monitors(torch.randn(1, 4, 64).expand(256, 4, 64))
+    assert clips_alike["target_std"] == pytest.approx(0, abs=1e-6)
+    assert clips_alike["effective_rank"] == 1
+    assert clips_alike["mean_cosine"] == pytest.approx(1)
+    tokens_alike = train.monitors(torch.randn(256, 1, 64).expand(256, 4, 64))
+    assert tokens_alike["token_std"] == pytest.approx(0, abs=1e-6)
+    assert tokens_alike["target_std"] > 0.9
 
 
 # ---- Runs
@@ -1209,11 +1082,10 @@ def test_a_run_learns_logs_and_leaves_a_checkpoint_of_plain_data(reference):
     checkpoint, log = reference
     assert column(log, "step") == list(range(1, 21))
     assert float(log[-1]["loss"]) < 0.8 * float(log[0]["loss"])
-    assert all(math.isfinite(float(value)) for row in log for value in row.values())
+    assert all(math.isfinite(float(value)) for line in log for value in line.values())
     assert column(log, "lr")[0] == 1e-6
     assert column(log, "lr")[5] == pytest.approx(3e-4)
-    wanted = {"format", "step", "config", *NETWORKS, "optimizer", "scaler"}
-    assert wanted <= set(checkpoint)
+    assert {"format", "step", "config", *NETWORKS, "optimizer", "scaler"} <= set(checkpoint)
     config = JEPAConfig(**checkpoint["config"]["model"])
     VisionTransformer(config).load_state_dict(checkpoint["target_encoder"])
 
@@ -1228,48 +1100,50 @@ def test_a_run_normalises_by_what_it_measured_on_its_own_data(tmp_path):
     assert spectrograms.std().item() == pytest.approx(1, abs=0.1)
 
 
-def test_accumulation_is_the_same_run(reference, tmp_path):
-    checkpoint, log = pretrain(tmp_path, "--accum", 4)
-    for name in ("loss", "explained", "target_std", "token_std"):
-        assert column(log, name) == pytest.approx(column(reference[1], name), rel=1e-3)
-    assert same_weights(checkpoint, reference[0], tolerance=1e-4)
+SAME_RUN = ["accumulated", "two processes", "stopped", "killed", "continued by two processes"]
 
 
-def test_two_processes_are_the_same_run(reference, tmp_path):
-    run_python(*TORCHRUN, "train.py", *TINY, "--accum", 2, "--out", tmp_path)
+@pytest.mark.parametrize("way", SAME_RUN)
+def test_it_is_the_same_run(reference, tmp_path, way):
+    tolerance = 1e-4  # sums are rounded in another order
+    two_processes = [*TORCHRUN, "train.py", *TINY, "--accum", 2, "--out", tmp_path]
+    if way == "accumulated":
+        pretrain(tmp_path, "--accum", 4)
+    elif way == "two processes":
+        run_python(*two_processes)
+    elif way == "stopped":
+        interrupted(tmp_path, 6)
+        pretrain(tmp_path)
+        tolerance = 0.0
+    elif way == "killed":
+        with start("train.py", *TINY, "--save-every", 5, "--out", tmp_path) as process:
+            wait_for_step(tmp_path, 12)
+            process.kill()
+        assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] % 5 == 0
+        pretrain(tmp_path, "--save-every", 5)
+        tolerance = 0.0
+    else:
+        interrupted(tmp_path, 6, "--accum", 4)
+        run_python(*two_processes)
     checkpoint, log = read_run(tmp_path)
-    for name in ("loss", "grad_norm", "explained", "target_std", "token_std", "mean_cosine"):
-        assert column(log, name) == pytest.approx(column(reference[1], name), rel=1e-3)
-    assert same_weights(checkpoint, reference[0], tolerance=1e-4)  # under the same names
+    assert same_weights(checkpoint, reference[0], tolerance)  # under the same names
+    monitors = ("token_std", "target_std", "effective_rank", "mean_cosine")
+    for name in ("step", "loss", "grad_norm", "explained", *monitors):
+        assert column(log, name) == pytest.approx(column(reference[1], name), rel=10 * tolerance)
 
 
-@pytest.mark.parametrize("source", ["synthetic", "files with a bad one, 2 workers, auto precision"])
-def test_a_run_that_was_stopped_ends_bit_for_bit_like_one_that_was_not(tmp_path, source):
-    flags = ["--log-every", 3]
-    if source != "synthetic":
-        folder = corpus(tmp_path / "c", seconds=1.0)
-        (folder / "bad.wav").write_text("no audio")
-        flags += ["--data", folder, "--workers", 2, "--amp", "auto"]
+def test_a_stopped_run_on_files_with_workers_ends_bit_for_bit_like_one_that_was_not(tmp_path):
+    folder = corpus(tmp_path / "c", seconds=1.0)
+    break_file(folder / "bad.wav")
+    flags = ["--data", folder, "--workers", 2, "--amp", "auto"]
     whole, whole_log = pretrain(tmp_path / "whole", *flags)
-    stopped, _ = interrupted(tmp_path / "parts", 6, *flags)
-    assert stopped["step"] < 20
+    interrupted(tmp_path / "parts", 6, *flags)
     parts, parts_log = pretrain(tmp_path / "parts", *flags)
     assert same_weights(whole, parts)
-    assert without_clocks(whole_log) == without_clocks(parts_log)
-    for one, other in zip(
-        whole["optimizer"]["state"].values(), parts["optimizer"]["state"].values(), strict=True
-    ):
-        assert torch.equal(one["exp_avg_sq"], other["exp_avg_sq"])
-
-
-def test_a_run_that_was_killed_ends_bit_for_bit_like_one_that_was_not(tmp_path, reference):
-    with start("train.py", *TINY, "--save-every", 5, "--out", tmp_path) as process:
-        wait_for_step(tmp_path, 12)
-        process.kill()
-    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] % 5 == 0
-    checkpoint, log = pretrain(tmp_path, "--save-every", 5)
-    assert same_weights(checkpoint, reference[0])
-    assert column(log, "loss") == column(reference[1], "loss")
+    for name in ("loss", "bad_files"):
+        assert column(whole_log, name) == column(parts_log, name)
+    for i, state in whole["optimizer"]["state"].items():
+        assert torch.equal(state["exp_avg_sq"], parts["optimizer"]["state"][i]["exp_avg_sq"])
 
 
 def test_torchrun_restarts_a_run_whose_process_was_killed(tmp_path):
@@ -1284,59 +1158,28 @@ def test_torchrun_restarts_a_run_whose_process_was_killed(tmp_path):
     assert column(log, "step") == list(range(1, 21))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_all_processes_ends_a_run_within_the_step(tmp_path, number):
-    flags = [*TINY, "--steps", 100000, "--workers", 2, "--out", tmp_path]
-    with start("train.py", *flags) as process:
-        wait_for_step(tmp_path, 3)
+def test_a_signal_to_all_processes_ends_a_run_within_the_step(tmp_path):
+    flags = [*TINY, "--steps", 100000, "--workers", 1, "--out", tmp_path]
+    with start("train.py", *flags, env={"PYTHONUNBUFFERED": ""}) as process:
+        while not process.stdout.readline().startswith("step 1 "):
+            assert process.poll() is None
         for pid in [*children(process), process.pid]:  # as Slurm and Ctrl-C do
-            os.kill(pid, number)
+            os.kill(pid, signal.SIGTERM)
         assert "\n" == process.stderr.readline()  # to leave the line of the bar
         assert "stopping after this step" in process.stderr.readline()
         printed, _ = process.communicate(timeout=30)
     assert process.returncode == 0
     assert "of 100000 steps done" in printed
-    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] >= 3
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] < 1000
 
 
-def test_lines_are_printed_as_they_come_and_a_reader_who_goes_away_ends_nothing(tmp_path):
-    flags = [*TINY, "--steps", 100000, "--log-every", 20, "--out", tmp_path]
-    with start("train.py", *flags, env={"PYTHONUNBUFFERED": ""}) as process:
-        while not process.stdout.readline().startswith("step 1 "):
-            assert process.poll() is None
-        process.stdout.close()
-        wait_for_step(tmp_path, 1)
-        logged = (tmp_path / "log.csv").read_text().count("\n") - 1
-        wait_for_step(tmp_path, 20 * logged + 20)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
-    assert logged < 5
-    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] > 20 * logged
-
-
-def test_a_killed_worker_ends_a_run_and_the_line_says_what_helps(tmp_path):
-    flags = [*TINY, "--steps", 100000, "--workers", 1, "--out", tmp_path]
-    with start("train.py", *flags) as process:
-        wait_for_step(tmp_path, 3)
-        (worker,) = children(process)
-        os.kill(worker, signal.SIGKILL)
-        _, errors = process.communicate(timeout=30)
-    assert process.returncode == 1
-    (line,) = errors.splitlines()
-    assert "killed" in line or "exited" in line
-    assert "fewer --workers" in line
-
-
-def test_a_full_disk_is_said_in_one_line(tmp_path):
-    def small_files():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
-
-    flags = [*TINY, "--steps", 1, "--warmup", 0, "--out", tmp_path]
-    done = run_python("train.py", *flags, code=1, preexec_fn=small_files)
-    (line,) = done.stderr.splitlines()
-    assert "cannot write" in line
-    assert "last.pt" in line
-    assert not (tmp_path / "last.pt").exists()
+def test_a_signal_while_the_data_is_measured_is_heard(tmp_path):
+    with start("train.py", *TINY, "--workers", 2, "--out", tmp_path) as process:
+        assert "measuring" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "of 20 steps done" in printed
 
 
 def test_a_second_signal_ends_a_run_that_hangs(tmp_path):
@@ -1356,24 +1199,47 @@ def test_a_second_signal_ends_a_run_that_hangs(tmp_path):
     assert state.stdout == "" or state.stdout.startswith("Z")  # gone, or dead and not yet buried
 
 
-def test_a_run_without_shared_memory_ends_and_says_what_helps(tmp_path):
+def test_a_killed_worker_ends_a_run_and_the_line_says_what_helps(tmp_path):
+    flags = [*TINY, "--steps", 100000, "--workers", 1, "--out", tmp_path]
+    with start("train.py", *flags) as process:
+        wait_for_step(tmp_path, 3)
+        (worker,) = children(process)
+        os.kill(worker, signal.SIGKILL)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    (line,) = errors.splitlines()
+    assert "killed" in line or "exited" in line
+    assert "fewer --workers" in line
+
+
+@pytest.mark.parametrize(
+    "workers, code, hints",
+    [(0, 1, ["cannot write", "last.pt"]), (1, 2, ["--shm-size", "--workers 0"])],
+)
+def test_a_full_disk_or_shared_memory_is_said_in_one_line(tmp_path, workers, code, hints):
     def small_files():
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
 
-    flags = [*TINY, "--workers", 1, "--out", tmp_path]
-    done = run_python("train.py", *flags, code=2, preexec_fn=small_files)
+    flags = [*TINY, "--steps", 1, "--warmup", 0, "--workers", workers, "--out", tmp_path]
+    done = run_python("train.py", *flags, code=code, preexec_fn=small_files)
     (line,) = done.stderr.splitlines()
-    assert "--shm-size" in line
-    assert "--workers 0" in line
+    assert all(hint in line for hint in hints)
+    assert not (tmp_path / "last.pt").exists()
 
 
-def test_a_signal_while_the_data_is_measured_is_heard(tmp_path):
-    with start("train.py", *TINY, "--workers", 2, "--out", tmp_path) as process:
-        assert "measuring" in process.stdout.readline()
-        process.send_signal(signal.SIGINT)
-        printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert "of 20 steps done" in printed
+def test_whole_file_keeps_what_was_there_when_writing_fails(tmp_path):
+    path = tmp_path / "last.pt"
+    path.write_text("before")
+    with pytest.raises(OSError, match=r"last\.pt.*disk is full"):
+        with data.whole_file(path) as file:
+            file.write(b"half")
+            raise OSError("disk is full")
+    with pytest.raises(KeyError):  # of the caller: nothing is wrong with the disk
+        with data.whole_file(path) as file:
+            file.write(b"half")
+            raise KeyError
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_main_runs_in_a_thread_and_leaves_the_signal_handlers_of_its_caller(tmp_path):
@@ -1393,11 +1259,10 @@ def test_checkpoints_are_kept_under_their_step_without_the_optimizer(tmp_path):
     kept = torch.load(tmp_path / "step-0000008.pt", weights_only=True)
     assert kept["step"] == 8
     assert "optimizer" not in kept
-    assert extract.load_encoder(tmp_path / "step-0000008.pt").step == 8
 
 
-def test_a_changed_setting_is_named_and_refused(tmp_path, capsys):
-    pretrain(tmp_path, "--steps", 6)
+def test_a_changed_setting_is_named_and_refused(tmp_path, capsys, reference):
+    torch.save(reference[0], tmp_path / "last.pt")
     changes = [
         ["--lr", "0.001"],
         ["--seed", "1"],
@@ -1408,47 +1273,9 @@ def test_a_changed_setting_is_named_and_refused(tmp_path, capsys):
         ["--data", str(corpus(tmp_path / "c"))],
     ]
     for change in changes:
-        flags = [*TINY, "--steps", "6", "--out", tmp_path]
-        line = error_line(capsys, *flags, *change)
+        line = error_line(capsys, *TINY, "--out", tmp_path, *change)
         assert change[0] in line
         assert f"--init {tmp_path}/last.pt" in line  # which is the way to change it
-
-
-def test_a_kept_checkpoint_in_the_place_of_the_last_one_is_refused_and_init_is_named(
-    tmp_path, capsys
-):
-    pretrain(tmp_path, "--save-every", 8)
-    shutil.copy(tmp_path / "step-0000008.pt", tmp_path / "last.pt")
-    line = error_line(capsys, *TINY, "--save-every", 8, "--out", tmp_path)
-    assert f"no optimizer: use --init {tmp_path}/last.pt" in line
-
-
-def test_a_continued_run_does_not_keep_its_checkpoint_in_memory(tmp_path, monkeypatch):
-    interrupted(tmp_path, 5)
-    load_checkpoint = train.load_checkpoint
-    train_step = train.train_step
-    weights = []
-
-    def load_and_remember(path):
-        checkpoint = load_checkpoint(path)
-        weights.append(weakref.ref(checkpoint["target_encoder"]["norm.weight"]))
-        return checkpoint
-
-    def step_without_it(*arguments):
-        assert weights[0]() is None
-        return train_step(*arguments)
-
-    monkeypatch.setattr(train, "load_checkpoint", load_and_remember)
-    monkeypatch.setattr(train, "train_step", step_without_it)
-    pretrain(tmp_path)
-    assert len(weights) == 1
-
-
-def test_a_folder_that_has_lost_its_last_checkpoint_is_not_begun_anew(tmp_path, capsys):
-    pretrain(tmp_path, "--save-every", 8)
-    (tmp_path / "last.pt").unlink()
-    assert "last.pt" in error_line(capsys, *TINY, "--out", tmp_path)
-    assert (tmp_path / "log.csv").exists()
 
 
 def test_init_begins_with_weights_of_its_size(tmp_path, capsys, reference):
@@ -1460,25 +1287,6 @@ def test_init_begins_with_weights_of_its_size(tmp_path, capsys, reference):
     flags = [*TINY, "--out", tmp_path / "b", "--init", tmp_path / "other.pt"]
     assert "--model small" in error_line(capsys, *flags, "--model", "small")
     assert "positions sincos" in error_line(capsys, *flags, "--positions", "rotary")
-    reference[0]["config"]["model"]["patch_size"] = (8, 32)  # as many numbers
-    torch.save(reference[0], tmp_path / "other.pt")
-    reference[0]["config"]["model"]["patch_size"] = (16, 16)
-    assert "patch_size (8, 32)" in error_line(capsys, *flags)
-
-
-def test_whole_file_keeps_what_was_there_when_writing_fails(tmp_path):
-    path = tmp_path / "last.pt"
-    path.write_text("before")
-    with pytest.raises(OSError, match=r"last\.pt.*disk is full"):
-        with data.whole_file(path) as file:
-            file.write(b"half")
-            raise OSError("disk is full")
-    with pytest.raises(KeyError):  # of the caller: nothing is wrong with the disk
-        with data.whole_file(path) as file:
-            file.write(b"half")
-            raise KeyError
-    assert path.read_text() == "before"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 # ---- Choices
@@ -1487,20 +1295,21 @@ def test_whole_file_keeps_what_was_there_when_writing_fails(tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--mask", "block"],
-        ["--loss", "cosine"],
-        ["--amp", "bf16"],
-        ["--sample-rate", "16000"],
-        ["--target-norm", "clip", "--ema", "0.99", "--ema-end", "0.999"],
-        ["--anti-collapse", "0.001", "--patch-scale", "3"],
-        ["--positions", "rotary"],
+        "--mask block --loss cosine",
+        "--amp bf16 --sample-rate 16000",
+        "--positions rotary --target-norm clip --ema 0.99 --ema-end 0.999",
     ],
-    ids=" ".join,
 )
 def test_every_choice_trains(tmp_path, flags):
-    _, log = pretrain(tmp_path, *flags)
+    _, log = pretrain(tmp_path, *flags.split())
     assert float(log[-1]["loss"]) < float(log[0]["loss"])
     assert log[-1]["skipped"] == "0"
+
+
+def test_a_packed_folder_trains(tmp_path):
+    frames = np.random.default_rng(0).standard_normal((300, 128))
+    _, log = pretrain(tmp_path / "out", "--data", packed(tmp_path / "p", frames))
+    assert float(log[-1]["loss"]) < float(log[0]["loss"])
 
 
 def test_a_recipe_sets_flags_and_the_command_line_has_the_last_word(tmp_path, capsys):
@@ -1510,7 +1319,10 @@ def test_a_recipe_sets_flags_and_the_command_line_has_the_last_word(tmp_path, ca
     assert settings["model"] == "tiny"
     assert settings["target_norm"] == "clip"
     assert settings["lr"] == 1e-4
-    assert "--model tiny" in capsys.readouterr().out
+    assert settings["warmup"] == 0  # cut, because it would fill the run
+    printed = capsys.readouterr().out
+    assert "--model tiny" in printed
+    assert "--warmup 1000 is not below --steps 1" in printed
 
 
 def test_the_help_shows_the_defaults_of_the_recipe():
@@ -1542,23 +1354,16 @@ def test_compiled_networks_train_like_eager_ones(tmp_path, monkeypatch):
     VisionTransformer(config).load_state_dict(checkpoint["context_encoder"])  # no _orig_mod.
 
 
-def test_a_packed_folder_trains(tmp_path):
-    frames = np.random.default_rng(0).standard_normal((300, 128))
-    _, log = pretrain(tmp_path / "out", "--data", packed(tmp_path / "p", frames))
-    assert float(log[-1]["loss"]) < float(log[0]["loss"])
-
-
 # ---- Bad input and bad luck
 
 
 def test_a_nan_that_one_process_reads_makes_all_skip_the_step(tmp_path):
     frames = np.random.default_rng(0).standard_normal((64, 128))
     frames[32:] = math.nan
-    order = data.clip_order(640, 0, 32, range(20), [slice(0, 32)])
-    bad_clips = list(order)[9][:4]  # rows of the first process, met after mean and std are measured
-    bad_places = [i for _, i in bad_clips]
-    places = [32 if i in bad_places else 0 for i in range(640)]
-    folder = packed(tmp_path / "p", frames, places, length=32)
+    order = list(data.clip_order(640, 0, 32, range(20), [slice(0, 32)]))
+    bad = [i for _, i in order[9][:4]]  # of the first process, after mean and std are measured
+    starts = [32 if i in bad else 0 for i in range(640)]
+    folder = packed(tmp_path / "p", frames, starts, length=32)
     flags = [*TINY, "--batch-size", 32, "--data", folder, "--out", tmp_path / "out"]
     run_python(*TORCHRUN, "train.py", *flags)
     _, log = read_run(tmp_path / "out")
@@ -1566,55 +1371,51 @@ def test_a_nan_that_one_process_reads_makes_all_skip_the_step(tmp_path):
     assert column(log, "skipped") == [0] * 9 + [1] * 11
 
 
-def test_twenty_steps_without_a_finite_gradient_stop_a_run(tmp_path, capsys):
-    frames = np.full((300, 128), math.nan)
-    with pytest.raises(SystemExit) as stopped:
-        pretrain(tmp_path / "out", "--steps", 40, "--data", packed(tmp_path / "p", frames))
-    assert stopped.value.code == 1
-    assert "20 steps" in capsys.readouterr().err
-    assert not (tmp_path / "out" / "last.pt").exists()
-
-
-def test_a_bad_recording_is_replaced_and_listed_once(tmp_path):
+def test_a_bad_recording_is_listed_once(tmp_path):
     folder = corpus(tmp_path / "c", 30, seconds=1.25)
     for name in ("bad.wav", "d.wav"):
-        (folder / name).write_text("no audio")
+        break_file(folder / name)
     _, log = pretrain(tmp_path / "out", "--data", folder)
     lines = (tmp_path / "out" / "bad_files.txt").read_text().splitlines()
     assert sorted(line.split("\t")[0] for line in lines) == ["bad.wav", "d.wav"]
     assert int(log[-1]["bad_files"]) >= 5  # each was met once an epoch
 
 
-def test_a_set_that_is_mostly_bad_stops_the_run(tmp_path, capsys):
-    folder = corpus(tmp_path / "c", 4)
-    for i in range(2):
-        (folder / f"bad {i}.wav").write_text("no audio")
-    with pytest.raises(SystemExit) as stopped:
-        pretrain(tmp_path / "out", "--data", folder)
-    assert stopped.value.code == 1
-    assert "reads of recordings failed" in capsys.readouterr().err
-
-
-def test_what_is_wrong_with_the_data_is_said_in_one_line(tmp_path, capsys):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "list.txt").write_text("gone.wav\n")
-    (tmp_path / "x.bin").write_bytes(b"\0")
-    for name in ("nowhere", "empty", "list.txt", "x.bin"):
-        path = tmp_path / name
-        error = error_line(capsys, *TINY, "--out", tmp_path / "out", "--data", path)
-        assert str(path) in error
+@pytest.mark.parametrize(
+    "bad, good, hint",
+    [
+        ("nan frames", 0, "20 steps"),
+        ("text", 4, "reads of"),
+        ("text", 0, "ten recordings in a row"),
+    ],
+)
+def test_data_that_is_mostly_bad_stops_a_run(tmp_path, capsys, bad, good, hint):
+    if bad == "nan frames":
+        packed(tmp_path / "c", np.full((300, 128), math.nan))
+    else:
+        corpus(tmp_path / "c", good)
+        for i in range(2):
+            break_file(tmp_path / "c" / f"bad {i}.wav")
+    flags = [*TINY, "--steps", 40, "--data", tmp_path / "c", "--out", tmp_path / "out"]
+    code = 2 if good == 0 and bad == "text" else 1  # at once, while mean and std are measured
+    assert hint in error_line(capsys, *flags, code=code)
+    assert not (tmp_path / "out" / "last.pt").exists()
 
 
 @pytest.mark.parametrize(
-    "flags,hint",
+    "flags, hint",
     [
+        ("--data {tmp}/nowhere", "nowhere"),
+        ("--data {tmp}/empty", "empty"),
+        ("--data {tmp}/list.txt", "list.txt"),
+        ("--data {tmp}/x.bin", "x.bin"),
+        ("--init {tmp}/nowhere.pt", "nowhere.pt"),
         ("--batch-size 10 --accum 4", "--accum 4"),
-        ("--mask-ratio 0 0.5", "--mask-ratio"),
         ("--steps many", "--steps"),
-        ("--sample-rate 44100", "44032 or 44160"),
-        ("--clip-seconds 4", "3.75 or 4.375"),
-        ("--clip-seconds 0.4", "0.625 or 1.25"),
-        ("--mask-ratio 0.01 0.03", "some must be masked"),  # of 16 patches
+        ("--sample-rate 44100", "a multiple of 128"),
+        ("--clip-seconds 4", "a multiple of 0.625"),
+        ("--mask-ratio 0 0.5", "--mask-ratio"),
+        ("--mask-ratio 0.01 0.03", "must mask some"),  # of 16 patches
         ("--mask-ratio 0.5 0.98", "not all"),
         ("--mask-ratio 0.6 0.4", "--mask-ratio"),
         ("--ema 1.01", "between 0 and 1"),
@@ -1625,62 +1426,69 @@ def test_what_is_wrong_with_the_data_is_said_in_one_line(tmp_path, capsys):
         ("--nonsense", "--nonsense"),
     ],
 )
-def test_what_is_wrong_with_the_flags_is_said_in_one_line(tmp_path, capsys, flags, hint):
-    assert hint in error_line(capsys, *TINY, "--out", tmp_path, *flags.split())
+def test_what_is_wrong_with_the_flags_or_the_data_is_said_in_one_line(
+    tmp_path, capsys, flags, hint
+):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "list.txt").write_text("gone.wav\n")
+    (tmp_path / "x.bin").write_bytes(b"\0")
+    flags = flags.format(tmp=tmp_path).split()
+    assert hint in error_line(capsys, *TINY, "--out", tmp_path / "out", *flags)
 
 
-@pytest.mark.parametrize("damage", ["half", "empty", "text", "another format"])
-def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path, capsys, damage):
+@pytest.mark.parametrize(
+    "damage, hint",
+    [
+        ("half", "last.pt: not a checkpoint"),
+        ("empty", "last.pt: not a checkpoint"),
+        ("text", "last.pt: not a checkpoint"),
+        ("another format", "last.pt: of the format audio-jepa 1, not audio-jepa 2"),
+        ("no optimizer", "no optimizer: use --init {tmp}/last.pt"),
+        ("lost", "a run without its last.pt"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path, capsys, reference, damage, hint):
     path = tmp_path / "last.pt"
-    torch.save({"format": "audio-jepa 1"}, path)
-    hint = "last.pt"
+    kept = dict(reference[0])
     if damage == "another format":
-        hint = "last.pt: of the format audio-jepa 1, not audio-jepa 2"
-    else:
-        whole = path.read_bytes()
-        content = {"half": whole[: len(whole) // 2], "empty": b"", "text": b"text"}
-        path.write_bytes(content[damage])
-    assert hint in error_line(capsys, *TINY, "--out", tmp_path)
-
-
-class Hostile:
-    """An object whose loading would create a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
-def test_a_launcher_that_is_not_torchrun_is_refused(tmp_path):
-    pod = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    done = run_python("train.py", *TINY, "--out", tmp_path, code=2, env=pod)
-    (line,) = done.stderr.splitlines()
-    assert "start it with torchrun" in line
+        kept["format"] = "audio-jepa 1"
+    del kept["optimizer"]
+    torch.save(kept, path)
+    if damage == "half":
+        os.truncate(path, path.stat().st_size // 2)
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "text":
+        path.write_bytes(b"text")
+    elif damage == "lost":
+        path.rename(tmp_path / "step-0000008.pt")
+    assert hint.format(tmp=tmp_path) in error_line(capsys, *TINY, "--out", tmp_path)
 
 
 def environment_of(rank, port):
     """What torchrun sets on the second of two machines of one process each, or on the first."""
     numbers = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | {
-        name: str(number) for name, number in numbers.items()
-    }
+    numbers |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {name: str(number) for name, number in numbers.items()}
 
 
 def test_a_process_that_fails_alone_says_so(tmp_path):
-    env = environment_of(1, 29500) | {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    env = environment_of(1, 29500)
     flags = [*TINY, "--out", tmp_path, "--data", tmp_path / "away"]
     (line,) = run_python("train.py", *flags, code=2, env=env).stderr.splitlines()
     assert line.startswith("error: process 1: ")
     assert "away" in line
+    del env["LOCAL_RANK"]
+    (line,) = run_python("train.py", *flags, code=2, env=env).stderr.splitlines()
+    assert "start it with torchrun" in line
 
 
-@pytest.mark.parametrize("what", ["step", "seed"])
-def test_processes_that_disagree_end_together(tmp_path, what):
+@pytest.mark.parametrize("setting", ["step", "seed"])
+def test_processes_that_disagree_end_together(tmp_path, reference, setting):
     flags = [["--out", tmp_path / "0"], ["--out", tmp_path / "1"]]
-    if what == "step":
-        pretrain(tmp_path / "0")
+    if setting == "step":
+        (tmp_path / "0").mkdir()
+        torch.save(reference[0], tmp_path / "0" / "last.pt")
     else:
         flags[1] += ["--seed", 1]
     with socket.socket() as unused:
@@ -1688,23 +1496,21 @@ def test_processes_that_disagree_end_together(tmp_path, what):
         port = unused.getsockname()[1]
     runs = []
     for rank in range(2):
-        env = environment_of(rank, port)
-        runs.append(start("train.py", *TINY, *flags[rank], env=env))
+        runs.append(start("train.py", *TINY, *flags[rank], env=environment_of(rank, port)))
     try:
         for rank in range(2):
             _, errors = runs[rank].communicate(timeout=120)
             assert runs[rank].returncode == 2
             (line,) = errors.splitlines()
-            assert line.startswith(f"error: process {rank}: {what} is ")
+            assert line.startswith(f"error: process {rank}: {setting} is ")
     finally:
         for process in runs:
             process.kill()
 
 
-def test_world_size_without_a_launcher_is_one_process(tmp_path, reference):
-    run_python("train.py", *TINY, "--out", tmp_path, env={"WORLD_SIZE": "4"})
-    _, log = read_run(tmp_path)
-    assert column(log, "loss") == pytest.approx(column(reference[1], "loss"), rel=1e-4)
+def test_world_size_without_a_launcher_is_one_process(tmp_path):
+    run_python("train.py", *TINY, "--steps", 6, "--out", tmp_path, env={"WORLD_SIZE": "4"})
+    assert read_run(tmp_path)[0]["step"] == 6
 
 
 # ================================================================================================
@@ -2299,4 +2105,6 @@ def test_the_log_mel_of_a_gpu_is_that_of_a_cpu():
 @pytest.mark.parametrize("flags", ["--amp auto", "--amp fp16", "--compile"])
 def test_a_gpu_trains(tmp_path, flags):
     _, log = pretrain(tmp_path, *flags.split())
-    assert float(log[-1]["loss"]) < float(log[0]["loss"])
+    finite = [loss for loss in column(log, "loss") if math.isfinite(loss)]  # fp16 skips at first
+    assert len(finite) > 10
+    assert finite[-1] < finite[0]

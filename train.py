@@ -832,8 +832,8 @@ class StopSignals:
     def handle(self, number, frame):
         now = time.monotonic()
         if now > self.requested_at + 5:
-            # Workers ignore all other signals. The loader would raise an error when one of them
-            # dies, unless SIGCHLD is ignored.
+            # A worker may hang in a read, so that only a kill ends it. The loader would raise an
+            # error when one of them dies, unless SIGCHLD is ignored.
             signal.signal(signal.SIGCHLD, signal.SIG_IGN)
             for worker in multiprocessing.active_children():
                 worker.kill()
