@@ -18,7 +18,6 @@ demo/effects    explosion, step, jump, coin, ...?       A fold has games of its 
 demo/music      which of 9 soundtracks?                 A fold has pieces of its own.
 """
 
-import random
 import re
 import shutil
 import subprocess
