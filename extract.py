@@ -85,7 +85,7 @@ class AudioJEPAEncoder(nn.Module):
             self.log_mel = LogMel(**stored["config"]["log_mel"])
         self.step = stored["step"]
         self.bands = bands
-        self.amp = stored["settings"]["amp"]  # of its training: the same rows on every machine
+        self.amp = stored.get("settings", {}).get("amp", "off")  # as in training, on any machine
         self.sampling_rate = self.log_mel.sample_rate
         self.excerpt_samples = round(self.sampling_rate * self.log_mel.clip_seconds)
         self.rows_per_excerpt, self.tokens_per_row = config.grid
@@ -218,6 +218,7 @@ def embed(encoder, files, args):
                     raise ValueError(f"{message} (--skip-bad leaves such recordings out)")
                 tqdm.write(f"left out: {message}", file=sys.stderr)
                 rows_so_far.pop(i, None)
+                samples_so_far.pop(i, None)
                 continue
             count = math.ceil(sound[place].item() / samples_per_row)
             rows_so_far[i].append(rows[place, :count])
@@ -246,7 +247,12 @@ def save_embeddings(args, encoder, files):
     if not blocks:
         raise ValueError(f"{printable(args.data)}: none of its recordings can be used")
     order = sorted(blocks)
-    config = {"model": vars(encoder.network.config), "log_mel": encoder.log_mel.config}
+    config = {
+        "model": vars(encoder.network.config),
+        "log_mel": encoder.log_mel.config,
+        "bands": args.bands,
+        "pool": args.pool,
+    }
     with whole_file(args.out) as file:
         np.savez(
             file,
@@ -322,9 +328,9 @@ def minimise(loss_function, parameters):
         parameters,
         max_iter=ITERATIONS,
         max_eval=2 * ITERATIONS,
-        tolerance_grad=1e-6,
+        tolerance_grad=1e-5,
         tolerance_change=1e-10,
-        history_size=20,
+        history_size=10,
         line_search_fn="strong_wolfe",
     )
 
@@ -393,7 +399,10 @@ def choose_penalty(coordinates, labels, fold):
         weight, bias = fit(coordinates[clips], labels[clips], classes, penalty, ~held_out, weight)
         answers = (coordinates[clips] @ weight + bias).argmax(2)  # [G, n]
         right.append(((answers == labels[clips]) & held_out).sum().item())
-    return PENALTIES[right.index(max(right))]
+        best = right.index(max(right))
+        if len(right) > best + 2:  # two weaker penalties in a row were no better
+            break
+    return PENALTIES[best]
 
 
 def fit_chosen(coordinates, labels, fold):
@@ -675,10 +684,11 @@ def load_authors_file(path):
     names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     with torch.serialization.safe_globals([(Inert, name) for name in names]):
         theirs = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(theirs, dict) or "state_dict" not in theirs:
-        raise ValueError(f"{path}: neither a checkpoint of train.py nor the authors' file")
+    weights = theirs.get("state_dict") if isinstance(theirs, dict) else None
+    if not isinstance(weights, dict):
+        raise ValueError(f"{path}: not a checkpoint that can be read, neither ours nor theirs")
     target = {}
-    for name, tensor in theirs["state_dict"].items():
+    for name, tensor in weights.items():
         network, name = name.replace("_orig_mod.", "").split(".", 1)
         name = name.replace("patch_embed.proj", "patch_embed")
         name = name.replace("Wqkv", "qkv").replace("out_proj", "proj")
@@ -694,7 +704,6 @@ def load_authors_file(path):
     config = JEPAConfig(dim=dim, depth=depth, heads=dim // 64, mlp_ratio=hidden / dim)
     return {
         "config": {"model": vars(config), "log_mel": None},
-        "settings": {"amp": "off"},
         "step": theirs.get("global_step", 0),
         "target_encoder": target,
     }
