@@ -477,7 +477,7 @@ def padded_batches(rows, clips):
     batches = []
     batch = []
     for clip in sorted(clips.tolist(), key=lambda clip: len(rows[clip])):
-        if batch and len(rows[clip]) > 1.25 * len(rows[batch[0]]) + 4:
+        if batch and len(rows[clip]) > 2 * len(rows[batch[0]]) + 8:
             batches.append(batch)
             batch = []
         batch.append(clip)

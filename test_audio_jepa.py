@@ -2051,10 +2051,10 @@ def test_the_fit_is_a_minimum_of_the_penalised_cross_entropy():
 
 
 def test_one_long_clip_does_not_pad_the_others():
-    rows = [torch.randn(n, 4) for n in [3, 1200, 1, 2, 2]]
+    rows = [torch.randn(n, 4) for n in [3, 1200, 1, 2, 20]]
     batches = extract.padded_batches(rows, torch.arange(5))
     assert sorted(torch.cat([clips for clips, _, _ in batches]).tolist()) == [0, 1, 2, 3, 4]
-    assert sum(padded.numel() for _, padded, _ in batches) < 1.25 * 4 * 1212
+    assert sum(padded.numel() for _, padded, _ in batches) < 2 * 4 * 1226
     for clips, padded, padding in batches:
         for place, clip in enumerate(clips):
             assert torch.equal(padded[place][~padding[place]], rows[clip])
