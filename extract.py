@@ -312,14 +312,8 @@ def principal_axes(features):
 
     J <= n and K: only the span of the features is kept, because a penalised weight never leaves it.
     """
-    n, width = features.shape
-    if n < width:
-        values, vectors = torch.linalg.eigh(features @ features.T)
-        vectors = features.T @ vectors / values.clamp(min=1e-300).sqrt()
-    else:
-        values, vectors = torch.linalg.eigh(features.T @ features)
-    kept = values > 1e-10 * values[-1]
-    return vectors[:, kept]
+    _, sizes, axes = torch.linalg.svd(features, full_matrices=False)
+    return axes[sizes > 1e-5 * sizes[0]].T
 
 
 def minimise(loss_function, parameters, tolerance):
@@ -434,7 +428,8 @@ def attentive(rows, labels, fold):
     """
     of_training = torch.cat([rows[clip] for clip in fold.train.tolist()])
     axes = principal_axes(standardise(of_training, of_training))
-    coordinates = [(standardise(clip, of_training) @ axes).float() for clip in rows]  # [R, J] each
+    coordinates = (standardise(torch.cat(rows), of_training) @ axes).float()
+    coordinates = coordinates.split([len(clip) for clip in rows])  # [R, J] of each clip
     means = torch.stack([clip.mean(0) for clip in coordinates])
     weight, bias, penalty = fit_chosen(means, labels, fold)
 
