@@ -123,7 +123,8 @@ class AudioJEPAEncoder(nn.Module):
         -> their rows [B, R, output_dim]. Rows without sound are 0, and no other row attends to
         them."""
         spectrogram = self.log_mel(excerpts)
-        counts = torch.ceil(sound * self.rows_per_excerpt / self.excerpt_samples).long()
+        rounding_up = self.excerpt_samples - 1
+        counts = (sound * self.rows_per_excerpt + rounding_up) // self.excerpt_samples
         rows = spectrogram.new_zeros(len(excerpts), self.rows_per_excerpt, self.output_dim)
         for count in counts.unique().tolist():
             alike = (counts == count).nonzero().flatten()  # the excerpts with as many rows
