@@ -85,7 +85,7 @@ class AudioJEPAEncoder(nn.Module):
             self.log_mel = LogMel(**stored["config"]["log_mel"])
         self.step = stored["step"]
         self.bands = bands
-        self.amp = stored["settings"]["amp"]  # of its training: the same rows on every machine
+        self.amp = stored.get("settings", {}).get("amp", "off")  # as in training, on any machine
         self.sampling_rate = self.log_mel.sample_rate
         self.excerpt_samples = round(self.sampling_rate * self.log_mel.clip_seconds)
         self.rows_per_excerpt, self.tokens_per_row = config.grid
@@ -123,7 +123,8 @@ class AudioJEPAEncoder(nn.Module):
         -> their rows [B, R, output_dim]. Rows without sound are 0, and no other row attends to
         them."""
         spectrogram = self.log_mel(excerpts)
-        counts = torch.ceil(sound * self.rows_per_excerpt / self.excerpt_samples).long()
+        rounding_up = self.excerpt_samples - 1
+        counts = (sound * self.rows_per_excerpt + rounding_up) // self.excerpt_samples
         rows = spectrogram.new_zeros(len(excerpts), self.rows_per_excerpt, self.output_dim)
         for count in counts.unique().tolist():
             alike = (counts == count).nonzero().flatten()  # the excerpts with as many rows
@@ -218,6 +219,7 @@ def embed(encoder, files, args):
                     raise ValueError(f"{message} (--skip-bad leaves such recordings out)")
                 tqdm.write(f"left out: {message}", file=sys.stderr)
                 rows_so_far.pop(i, None)
+                samples_so_far.pop(i, None)
                 continue
             count = math.ceil(sound[place].item() / samples_per_row)
             rows_so_far[i].append(rows[place, :count])
@@ -246,7 +248,12 @@ def save_embeddings(args, encoder, files):
     if not blocks:
         raise ValueError(f"{printable(args.data)}: none of its recordings can be used")
     order = sorted(blocks)
-    config = {"model": vars(encoder.network.config), "log_mel": encoder.log_mel.config}
+    config = {
+        "model": vars(encoder.network.config),
+        "log_mel": encoder.log_mel.config,
+        "bands": args.bands,
+        "pool": args.pool,
+    }
     with whole_file(args.out) as file:
         np.savez(
             file,
@@ -306,25 +313,19 @@ def principal_axes(features):
 
     J <= n and K: only the span of the features is kept, because a penalised weight never leaves it.
     """
-    n, width = features.shape
-    if n < width:
-        values, vectors = torch.linalg.eigh(features @ features.T)
-        vectors = features.T @ vectors / values.clamp(min=1e-300).sqrt()
-    else:
-        values, vectors = torch.linalg.eigh(features.T @ features)
-    kept = values > 1e-10 * values[-1]
-    return vectors[:, kept]
+    _, sizes, axes = torch.linalg.svd(features, full_matrices=False)
+    return axes[sizes > 1e-5 * sizes[0]].T
 
 
-def minimise(loss_function, parameters):
-    """L-BFGS, deterministic; it stops before ITERATIONS where the gradient vanishes."""
+def minimise(loss_function, parameters, tolerance):
+    """L-BFGS, deterministic; it stops before ITERATIONS where no gradient exceeds `tolerance`."""
     optimizer = torch.optim.LBFGS(
         parameters,
         max_iter=ITERATIONS,
         max_eval=2 * ITERATIONS,
-        tolerance_grad=1e-6,
+        tolerance_grad=tolerance,
         tolerance_change=1e-10,
-        history_size=20,
+        history_size=10,
         line_search_fn="strong_wolfe",
     )
 
@@ -343,7 +344,7 @@ HEADS = 4  # of the attentive probe
 QUERY_PENALTY = 100  # times that of a weight, because attention overfits sooner
 
 
-def fit(coordinates, labels, classes, penalty, subsets, start=None):
+def fit(coordinates, labels, classes, penalty, subsets, start=None, tolerance=1e-5):
     """Multinomial logistic regressions, one for each of G subsets of the clips: coordinates [n, J],
     subsets [G, n], bool -> weight [G, J, classes], bias [G, 1, classes].
 
@@ -368,7 +369,7 @@ def fit(coordinates, labels, classes, penalty, subsets, start=None):
         size = (weight * scale).square().sum()
         return (share * cross_entropy).sum() + penalty / 2 * size
 
-    minimise(loss, [weight, bias])
+    minimise(loss, [weight, bias], tolerance)
     return (weight * scale).detach(), bias.detach()
 
 
@@ -386,14 +387,19 @@ def choose_penalty(coordinates, labels, fold):
     else:
         clips = fold.train
         held_out = deal(labels[clips], 5) == torch.arange(5).unsqueeze(1)  # [5, n]
+    coordinates = coordinates[clips].float()  # good enough to choose by, and twice as fast
+    labels = labels[clips]
     classes = int(labels.max()) + 1
     weight = None
     right = []
     for penalty in PENALTIES:
-        weight, bias = fit(coordinates[clips], labels[clips], classes, penalty, ~held_out, weight)
-        answers = (coordinates[clips] @ weight + bias).argmax(2)  # [G, n]
-        right.append(((answers == labels[clips]) & held_out).sum().item())
-    return PENALTIES[right.index(max(right))]
+        weight, bias = fit(coordinates, labels, classes, penalty, ~held_out, weight, tolerance=1e-4)
+        answers = (coordinates @ weight + bias).argmax(2)  # [G, n]
+        right.append(((answers == labels) & held_out).sum().item())
+        best = right.index(max(right))
+        if len(right) > best + 2:  # two weaker penalties in a row were no better
+            break
+    return PENALTIES[best]
 
 
 def fit_chosen(coordinates, labels, fold):
@@ -423,7 +429,8 @@ def attentive(rows, labels, fold):
     """
     of_training = torch.cat([rows[clip] for clip in fold.train.tolist()])
     axes = principal_axes(standardise(of_training, of_training))
-    coordinates = [(standardise(clip, of_training) @ axes).float() for clip in rows]  # [R, J] each
+    coordinates = (standardise(torch.cat(rows), of_training) @ axes).float()
+    coordinates = coordinates.split([len(clip) for clip in rows])  # [R, J] of each clip
     means = torch.stack([clip.mean(0) for clip in coordinates])
     weight, bias, penalty = fit_chosen(means, labels, fold)
 
@@ -452,7 +459,7 @@ def attentive(rows, labels, fold):
             total = total + summed / len(fold.train)
         return total
 
-    minimise(loss, parameters)
+    minimise(loss, parameters, tolerance=1e-5)
     answers = torch.empty_like(labels)
     with torch.no_grad():
         for clips, padded, padding in padded_batches(
@@ -468,7 +475,7 @@ def padded_batches(rows, clips):
     batches = []
     batch = []
     for clip in sorted(clips.tolist(), key=lambda clip: len(rows[clip])):
-        if batch and len(rows[clip]) > 1.25 * len(rows[batch[0]]) + 4:
+        if batch and len(rows[clip]) > 2 * len(rows[batch[0]]) + 8:
             batches.append(batch)
             batch = []
         batch.append(clip)
@@ -675,10 +682,11 @@ def load_authors_file(path):
     names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     with torch.serialization.safe_globals([(Inert, name) for name in names]):
         theirs = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(theirs, dict) or "state_dict" not in theirs:
-        raise ValueError(f"{path}: neither a checkpoint of train.py nor the authors' file")
+    weights = theirs.get("state_dict") if isinstance(theirs, dict) else None
+    if not isinstance(weights, dict):
+        raise ValueError(f"{path}: not a checkpoint that can be read, neither ours nor theirs")
     target = {}
-    for name, tensor in theirs["state_dict"].items():
+    for name, tensor in weights.items():
         network, name = name.replace("_orig_mod.", "").split(".", 1)
         name = name.replace("patch_embed.proj", "patch_embed")
         name = name.replace("Wqkv", "qkv").replace("out_proj", "proj")
@@ -694,7 +702,6 @@ def load_authors_file(path):
     config = JEPAConfig(dim=dim, depth=depth, heads=dim // 64, mlp_ratio=hidden / dim)
     return {
         "config": {"model": vars(config), "log_mel": None},
-        "settings": {"amp": "off"},
         "step": theirs.get("global_step", 0),
         "target_encoder": target,
     }

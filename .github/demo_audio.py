@@ -2,23 +2,21 @@
 """Real sound for a first try, out of Debian packages (on Debian or Ubuntu; nothing is installed):
 
     python .github/demo_audio.py demo            14.5 h to train on, and the tasks
-    python .github/demo_audio.py demo --more     38 h to train on
+    python .github/demo_audio.py demo --more     44 h to train on
 
 demo/pretrain   speech in 40 languages, music and effects, without labels
-demo/more       the same and 24 h of other packages (with --more)
+demo/more       the same and 30 h out of other packages (with --more)
 
-Six labelled tasks, in folds: each is tested once, while the others are the training side. No task
+Five labelled tasks in folds, each of which is tested once, after training on the others. No task
 shares a package with the sound to train on.
 
 demo/voices     which of 15 game characters speaks?     A fold has phrases of its own.
-demo/tones      which of the 4 tones of Mandarin?       A fold is a speaker.
-demo/finals     which final has a Mandarin syllable?    A fold is a speaker.
+demo/finals     which of 14 endings has a syllable?     A fold is one of two Mandarin speakers.
 demo/drums      which of 6 drums is it?                 A fold has drum kits of its own.
 demo/effects    explosion, step, jump, coin, ...?       A fold has games of its own.
 demo/music      which of 9 soundtracks?                 A fold has pieces of its own.
 """
 
-import random
 import re
 import shutil
 import subprocess
@@ -131,19 +129,14 @@ def voices(out):
             put(path, out / "voices" / fold_of(phrase, 4) / path.parent.name, f"{n:05d}.ogg")
 
 
-def mandarin(out):
-    """A folder of gcin-voice is a syllable in Bopomofo, with its tone from 2 to 4 behind it."""
-    syllables = {}
-    for n, path in enumerate(sounds_of("gcin-voice", out)):
-        sounds = path.parent.name.rstrip("1234")
-        tone = path.parent.name.removeprefix(sounds)
-        syllables[n] = (path, sounds[-1], tone or "1")
-    finals = [final for _, final, _ in syllables.values()]
-    for n, (path, final, tone) in syllables.items():
-        fold = "fold1" if path.stem == "3" else "fold2"  # the speaker
-        put(path, out / "tones" / fold / tone, f"{n:05d}.ogg")
-        if finals.count(final) >= 80:
-            put(path, out / "finals" / fold / final, f"{n:05d}.ogg")
+def finals(out):
+    """A folder of gcin-voice is a syllable in Bopomofo, perhaps with its tone behind it."""
+    paths = sounds_of("gcin-voice", out)
+    endings = [path.parent.name.rstrip("1234")[-1] for path in paths]
+    for n, (path, ending) in enumerate(zip(paths, endings, strict=True)):
+        if endings.count(ending) >= 80:
+            speaker = "fold1" if path.stem == "3" else "fold2"
+            put(path, out / "finals" / speaker / ending, f"{n:05d}.ogg")
 
 
 def drums(out):
@@ -185,7 +178,7 @@ def main(out, more):
     if more:
         pretrain(PRETRAIN, out / "more", out)
         pretrain(MORE, out / "more", out)
-    for task in (voices, mandarin, drums, effects, music):
+    for task in (voices, finals, drums, effects, music):
         task(out)
 
 

@@ -1,22 +1,18 @@
 # SPDX-License-Identifier: MIT
-"""Draw the figures of the README (pip install matplotlib):
+"""Draw the pictures of the README (pip install matplotlib):
 
-    python .github/figures.py mask CHECKPOINT SOUND OUT.png         what is masked and predicted
-    python .github/figures.py tokens CHECKPOINT SOUND OUT.png       what the tokens are like
-    python .github/figures.py curves HEALTHY COLLAPSED OUT.svg      two runs, by their folders
+    python .github/figures.py mask CHECKPOINT OUT.png SOUND SOUND SOUND      seen, and how far off
+    python .github/figures.py tokens CHECKPOINT OUT.png SOUND SOUND SOUND    tokens as colours
+    python .github/figures.py curves OUT.png HEALTHY COLLAPSED    two runs, by their folders
 
-`mask` needs a last.pt or step-*.pt of train.py, because it runs the predictor. `curves` also shows
-the kNN accuracy, if `extract.py RUN/step-*.pt TASK --probe knn --json RUN/knn.json` was run.
+`mask` needs a last.pt or step-*.pt of train.py, because it runs the predictor.
 """
 
 import csv
-import json
-import re
 import sys
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -30,146 +26,155 @@ from train import load_checkpoint
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
-
-class Networks:
-    """Everything in a checkpoint, and the log-mel of a sound [1, 1, T, F]."""
-
-    def __init__(self, checkpoint, sound):
-        stored = load_checkpoint(checkpoint)
-        self.config = JEPAConfig(**stored["config"]["model"])
-        self.log_mel = LogMel(**stored["config"]["log_mel"])
-        self.target_norm = stored["settings"]["target_norm"]
-        self.target_encoder = VisionTransformer(self.config)
-        self.target_encoder.load_state_dict(stored["target_encoder"])
-        self.context_encoder = VisionTransformer(self.config)
-        self.context_encoder.load_state_dict(stored["context_encoder"])
-        self.predictor = Predictor(self.config)
-        self.predictor.load_state_dict(stored["predictor"])
-        clips = AudioClips(sound, self.log_mel.sample_rate, self.log_mel.clip_seconds)
-        self.spectrogram = self.log_mel(clips[0].unsqueeze(0))
+plt.rcParams.update(
+    {
+        "font.size": 11,
+        "axes.titlesize": 12,
+        "axes.titlelocation": "left",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "figure.facecolor": "white",  # also on a dark page
+    }
+)
+DOTS_PER_INCH = 200  # twice what a README shows
 
 
-def show(axes, picture, title, config, seconds, colours="viridis"):
+def name_of(sound):
+    return Path(sound).stem.replace("_", " ")
+
+
+def show_spectrogram(axes, picture, seconds, colours, low=None, high=None):
     """A picture [time, mel], time to the right and mel upwards."""
-    extent = (0, seconds, 0, config.mel_bins)
-    image = axes.imshow(
+    return axes.imshow(
         picture.T,
         origin="lower",
         aspect="auto",
-        extent=extent,
+        extent=(0, seconds, 0, 128),
         cmap=colours,
         interpolation="nearest",
+        vmin=low,
+        vmax=high,
     )
-    axes.set_title(title, fontsize=10, loc="left")
-    axes.set_ylabel("mel band")
-    return image
 
 
 def per_pixel(patches, config):
     """A value for each patch [N] -> for each frame and band [T, F]."""
+    patch_time, patch_mel = config.patch_size
     grid = patches.view(config.grid)
-    frames, bands = config.patch_size
-    return grid.repeat_interleave(frames, 0).repeat_interleave(bands, 1)
+    return grid.repeat_interleave(patch_time, 0).repeat_interleave(patch_mel, 1)
 
 
 @torch.no_grad()
-def draw_mask(checkpoint, sound, out):
-    nets = Networks(checkpoint, sound)
-    config = nets.config
-    num_patches = config.grid[0] * config.grid[1]
-    generator = torch.Generator().manual_seed(0)
-    context_idx, target_idx = random_mask(1, config.grid, num_patches // 2, generator)
-    targets = normalise_targets(nets.target_encoder(nets.spectrogram), nets.target_norm)
-    targets = gather_tokens(targets, target_idx)
-    context = nets.context_encoder(nets.spectrogram, context_idx)
-    predictions = nets.predictor(context, context_idx, target_idx)
-    error = (predictions - targets).square().mean(-1)  # predicting 0 has an error of 1
+def draw_mask(checkpoint, out, *sounds):
+    """For each sound: its log-mel, what the context encoder sees, and the error of the prediction.
+    An error of 1 is that of predicting the mean target everywhere."""
+    stored = load_checkpoint(checkpoint)
+    config = JEPAConfig(**stored["config"]["model"])
+    log_mel = LogMel(**stored["config"]["log_mel"])
+    target_encoder = VisionTransformer(config)
+    target_encoder.load_state_dict(stored["target_encoder"])
+    context_encoder = VisionTransformer(config)
+    context_encoder.load_state_dict(stored["context_encoder"])
+    predictor = Predictor(config)
+    predictor.load_state_dict(stored["predictor"])
 
-    spectrogram = nets.spectrogram[0, 0]
-    masked = torch.zeros(num_patches).scatter_(0, target_idx[0], 1.0)
-    seen = spectrogram.masked_fill(per_pixel(masked, config) > 0, torch.nan)
-    errors = torch.full((num_patches,), torch.nan).scatter_(0, target_idx[0], error[0])
-    seconds = nets.log_mel.clip_seconds
-    figure, panels = plt.subplots(3, 1, figsize=(8, 4.6), sharex=True, layout="constrained")
-    show(panels[0], spectrogram, "log-mel", config, seconds)
-    show(panels[1], seen, "what the context encoder sees", config, seconds)
-    title = "squared error of the prediction, mean over the features of a masked patch"
-    image = show(panels[2], per_pixel(errors, config), title, config, seconds, "magma")
-    image.set_clim(vmin=0)
-    figure.colorbar(image, ax=panels[2], pad=0.01)
-    panels[2].set_xlabel("seconds")
-    figure.savefig(out, dpi=75)
+    figure, axes = plt.subplots(
+        3, len(sounds), figsize=(10, 5.6), sharex=True, sharey=True, layout="constrained"
+    )
+    for column, sound in enumerate(sounds):
+        clips = AudioClips(sound, log_mel.sample_rate, log_mel.clip_seconds)
+        spectrogram = log_mel(clips[0].unsqueeze(0))
+        num_patches = config.grid[0] * config.grid[1]
+        generator = torch.Generator().manual_seed(column)
+        context_idx, target_idx = random_mask(1, config.grid, num_patches // 2, generator)
+        targets = normalise_targets(target_encoder(spectrogram), stored["settings"]["target_norm"])
+        context = context_encoder(spectrogram, context_idx)
+        predictions = predictor(context, context_idx, target_idx)
+        error = (predictions - gather_tokens(targets, target_idx)).square().mean(-1)
+
+        masked = torch.zeros(num_patches).scatter_(0, target_idx[0], 1.0)
+        seen = spectrogram[0, 0].masked_fill(per_pixel(masked, config) > 0, torch.nan)
+        errors = torch.full((num_patches,), torch.nan).scatter_(0, target_idx[0], error[0])
+        seconds = log_mel.clip_seconds
+        show_spectrogram(axes[0, column], spectrogram[0, 0], seconds, "magma")
+        show_spectrogram(axes[1, column], seen, seconds, "magma")
+        image = show_spectrogram(
+            axes[2, column], per_pixel(errors, config), seconds, "viridis_r", 0, 1
+        )
+        axes[0, column].set_title(name_of(sound))
+        axes[2, column].set_xlabel("seconds")
+    for row, label in enumerate(["log-mel", "visible", "error"]):
+        axes[row, 0].set_ylabel(label)
+    for panel in axes.flat:
+        panel.set_yticks([])
+        panel.set_facecolor("#dddddd")
+    figure.colorbar(image, ax=axes[2, :], pad=0.01, label="1: no idea")
+    figure.savefig(out, dpi=DOTS_PER_INCH)
 
 
 @torch.no_grad()
-def draw_tokens(checkpoint, sound, out):
-    """The first 20 s. The mean token of each position is subtracted first, because three colours
-    would show little else."""
+def draw_tokens(checkpoint, out, *sounds):
+    """The first 10 s of each sound: its log-mel, and three principal components of its tokens as
+    red, green and blue. The mean token of each mel band is subtracted first."""
     encoder = load_encoder(checkpoint)
     config = encoder.network.config
-    files = AudioClips(sound, encoder.sampling_rate).source
-    windows = list(files.windows(0, encoder.excerpt_samples))
-    waveform = torch.from_numpy(np.concatenate(windows[:-1])).unsqueeze(0)  # the last is shorter
-    tokens = encoder(waveform).view(-1, *config.grid, config.dim)  # [windows, 16, 8, D]
-    tokens = (tokens - tokens.mean(0)).flatten(0, 1)  # [R, 8, D]
-    tokens = tokens[: round(20_000 / encoder.hop_size_in_ms)]
-    seconds = len(tokens) * encoder.hop_size_in_ms / 1000
-    flat = tokens.flatten(0, 1)
-    flat = flat - flat.mean(0)
-    directions = torch.linalg.svd(flat, full_matrices=False).Vh[:3]
-    colours = flat @ directions.T  # [R * 8, 3]
-    low = colours.quantile(0.02, dim=0)
-    high = colours.quantile(0.98, dim=0)
-    colours = ((colours - low) / (high - low)).clamp(0, 1)
-    picture = colours.view(len(tokens), -1, 3).transpose(0, 1)  # [8, R, 3]
+    figure, axes = plt.subplots(
+        2, len(sounds), figsize=(10, 4.2), sharex=True, sharey=True, layout="constrained"
+    )
+    for column, sound in enumerate(sounds):
+        files = AudioClips(sound, encoder.sampling_rate).source
+        waveform = torch.from_numpy(next(files.windows(0, 10 * encoder.sampling_rate))).unsqueeze(0)
+        seconds = waveform.shape[1] / encoder.sampling_rate
+        tokens = encoder(waveform)[0].unflatten(1, (config.grid[1], config.dim))  # [R, 8, D]
+        tokens = tokens - tokens.mean(0)
+        flat = tokens.flatten(0, 1)
+        directions = torch.linalg.svd(flat, full_matrices=False).Vh[:3]
+        colours = flat @ directions.T  # [R * 8, 3]
+        low = colours.quantile(0.02, dim=0)
+        high = colours.quantile(0.98, dim=0)
+        colours = ((colours - low) / (high - low)).clamp(0, 1)
+        picture = colours.view(len(tokens), -1, 3).transpose(0, 1)  # [8, R, 3]
+        frames = encoder.log_mel.frames(waveform)[0]
+        show_spectrogram(axes[0, column], frames, seconds, "magma")
+        axes[1, column].imshow(
+            picture,
+            origin="lower",
+            aspect="auto",
+            extent=(0, seconds, 0, 128),
+            interpolation="nearest",
+        )
+        axes[0, column].set_title(name_of(sound))
+        axes[1, column].set_xlabel("seconds")
+    axes[0, 0].set_ylabel("log-mel")
+    axes[1, 0].set_ylabel("tokens")
+    for panel in axes.flat:
+        panel.set_yticks([])
+    figure.savefig(out, dpi=DOTS_PER_INCH)
 
-    samples = round(seconds * encoder.sampling_rate)
-    spectrogram = encoder.log_mel.frames(waveform[:, :samples])[0]
-    figure, panels = plt.subplots(2, 1, figsize=(8, 3.6), sharex=True, layout="constrained")
-    show(panels[0], spectrogram, "log-mel", config, seconds)
-    extent = (0, seconds, 0, config.mel_bins)
-    panels[1].imshow(picture, origin="lower", aspect="auto", extent=extent, interpolation="nearest")
-    title = "its tokens: three principal components as red, green, blue"
-    panels[1].set_title(title, fontsize=10, loc="left")
-    panels[1].set_xlabel("seconds")
-    panels[1].set_ylabel("mel band")
-    figure.savefig(out, dpi=75)
 
-
-def draw_curves(healthy, collapsed, out):
+def draw_curves(out, healthy, collapsed):
     columns = ["loss", "explained", "token_std", "effective_rank"]
-    figure, panels = plt.subplots(1, 5, figsize=(13, 2.6), layout="constrained")
-    for run, colour in [(healthy, "tab:green"), (collapsed, "tab:red")]:
+    figure, panels = plt.subplots(1, 4, figsize=(10, 2.8), layout="constrained")
+    for run, colour, label in [
+        (healthy, "#2a7f62", "healthy"),
+        (collapsed, "#c1403d", "collapsed"),
+    ]:
         with open(Path(run) / "log.csv", newline="") as file:
-            lines = list(csv.DictReader(file))
+            lines = [line for line in csv.DictReader(file) if int(line["step"]) <= 2000]
         steps = [int(line["step"]) for line in lines]
-        for panel, column in zip(panels, columns, strict=False):
-            panel.plot(steps, [float(line[column]) for line in lines], color=colour)
-            panel.set_title(column, fontsize=10)
-        measured = Path(run) / "knn.json"
-        if measured.exists():
-            accuracy = json.loads(measured.read_text())["accuracy"]
-            points = []
-            for name, probes in accuracy.items():
-                step = re.search(r"step-(\d+)\.pt", name)
-                if step is not None:
-                    points.append((int(step[1]), probes["knn"]))
-            points = [(0, accuracy["untrained, concat"]["knn"]), *sorted(points)]
-            panels[4].plot(*zip(*points, strict=True), "o-", color=colour)
+        for panel, column in zip(panels, columns, strict=True):
+            panel.plot(steps, [float(line[column]) for line in lines], color=colour, label=label)
+            panel.set_title(column)
+            panel.set_xlabel("step")
     panels[0].set_yscale("log")
     panels[1].set_ylim(-1, 1)
-    panels[4].set_title("kNN accuracy", fontsize=10)
-    for panel in panels:
-        panel.set_xlabel("step")
-    panels[3].plot([], [], color="tab:green", label="healthy")
-    panels[3].plot([], [], color="tab:red", label="collapsed")
-    panels[3].legend(fontsize=8, loc="center right")
-    figure.savefig(out)
+    panels[3].legend(frameon=False)
+    figure.savefig(out, dpi=DOTS_PER_INCH)
 
 
 DRAW = {"mask": draw_mask, "tokens": draw_tokens, "curves": draw_curves}
 
 if __name__ == "__main__":
-    if len(sys.argv) != 5 or sys.argv[1] not in DRAW:
+    if len(sys.argv) < 4 or sys.argv[1] not in DRAW:
         sys.exit(__doc__)
     DRAW[sys.argv[1]](*sys.argv[2:])
