@@ -27,25 +27,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader
-from torch.utils.data import IterableDataset
-from torch.utils.data import get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
-from data import UNREADABLE
-from data import AudioFiles
-from data import LogMel
-from data import printable
-from data import whole_file
-from model import JEPAConfig
-from model import VisionTransformer
-from train import PRECISIONS
-from train import OneLineParser
-from train import choose_device
-from train import default_workers
-from train import fail
-from train import launched_processes
-from train import load_checkpoint
+from data import UNREADABLE, AudioFiles, LogMel, printable, whole_file
+from model import JEPAConfig, VisionTransformer
+from train import (
+    PRECISIONS,
+    OneLineParser,
+    choose_device,
+    default_workers,
+    fail,
+    launched_processes,
+    load_checkpoint,
+)
 
 
 class AudioJEPAEncoder(nn.Module):

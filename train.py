@@ -307,7 +307,11 @@ def train(args: argparse.Namespace, stop: "StopSignals") -> None:
             break
 
     if processes.is_first:
-        say(f"{progress.step} of {args.steps} steps done, saved in {printable(out / 'last.pt')}")
+        path = printable(out / "last.pt")
+        say(f"{progress.step} of {args.steps} steps done, saved in {path}")
+        if progress.step == args.steps:
+            say(f"embed your sounds: python extract.py {path} YOUR/FOLDER --out embeddings.npz")
+            say("train on them: python train.py --recipe small --data YOUR/FOLDER --out runs/mine")
     disconnect()
 
 
