@@ -1316,6 +1316,21 @@ def test_a_nan_that_one_process_reads_makes_all_skip_the_step(tmp_path):
     assert column(log, "skipped") == [0] * 9 + [1] * 11
 
 
+def test_lines_are_printed_as_they_come_and_a_reader_who_goes_away_ends_nothing(tmp_path):
+    flags = [*TINY, "--steps", 100000, "--log-every", 20, "--out", tmp_path]
+    with start("train.py", *flags, env={"PYTHONUNBUFFERED": ""}) as process:
+        while not process.stdout.readline().startswith("step 1 "):
+            assert process.poll() is None
+        process.stdout.close()
+        wait_for_step(tmp_path, 1)
+        logged = (tmp_path / "log.csv").read_text().count("\n") - 1
+        wait_for_step(tmp_path, 20 * logged + 20)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    assert logged < 5
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] > 20 * logged
+
+
 def test_a_bad_recording_is_listed_once(tmp_path):
     folder = corpus(tmp_path / "c", 30, seconds=1.25)
     for name in ("bad.wav", "d.wav"):

@@ -460,9 +460,13 @@ def write_line(path, line):
 
 
 def say(text):
-    """Print above the progress bar, and at once, because a log is read while it is written."""
-    tqdm.write(text)
-    sys.stdout.flush()
+    """Print above the progress bar, and at once, because a log is read while it is written. A run
+    goes on when its reader goes away."""
+    try:
+        tqdm.write(text)
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def cut_log(path, step):
