@@ -131,13 +131,21 @@ def ema_decay(step: int, steps: int, base: float = 0.996, end: float = 1.0) -> f
 def update_ema(target: nn.Module, context: nn.Module, decay: float) -> None:
     """Eq. (3), theta_tgt <- tau theta_tgt + (1 - tau) theta_ctx, in place, with tau = `decay`.
 
-    Call it right after every optimizer step, on fp32 weights: at tau = 0.9999 the change is smaller
-    than bf16 can resolve, so a bf16 weight would never move. Buffers are copied.
+    Covers every parameter and buffer of the two modules; ValueError if their names differ. Call it
+    right after every optimizer step, on fp32 weights: at tau = 0.9999 the change is smaller than
+    bf16 can resolve, so a bf16 weight would never move.
     """
-    # As target.lerp_(context, 1 - decay) for each parameter, but in few kernels on a GPU.
-    torch._foreach_lerp_(list(target.parameters()), list(context.parameters()), 1 - decay)
-    for target_buffer, context_buffer in zip(target.buffers(), context.buffers(), strict=True):
-        target_buffer.copy_(context_buffer)
+    context_state = context.state_dict()
+    target_state = target.state_dict()  # these are the module's own tensors, not copies
+    if target_state.keys() != context_state.keys():
+        different = sorted(target_state.keys() ^ context_state.keys())
+        raise ValueError(f"the two encoders differ in {different}")
+    averaged = [name for name, tensor in target_state.items() if tensor.is_floating_point()]
+    targets = [target_state.pop(name) for name in averaged]
+    contexts = [context_state[name] for name in averaged]
+    torch._foreach_lerp_(targets, contexts, 1 - decay)  # lerp_ of each, in few kernels on a GPU
+    for name, counter in target_state.items():
+        counter.copy_(context_state[name])  # counters cannot be averaged
 
 
 if __name__ == "__main__":
