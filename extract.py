@@ -7,7 +7,7 @@
 A recording is cut into excerpts as long as a training clip (10 s); the last one is shorter. An
 excerpt of 10 s gives 16 rows, one for each 625 ms, and a row is made of 8 tokens, one for each band
 of frequencies. Training never saw padding, so only the rows that hold sound enter the encoder. In
-means over a recording its last row counts by the share of it that holds sound.
+the mean over a recording its last row counts by the share of it that holds sound.
 
 Letters in the shape comments: B excerpts, N tokens of an excerpt, D encoder width, R rows of an
 excerpt (of an encoder, or the frames of a log-mel) or of a recording, K numbers in a row.
@@ -47,7 +47,7 @@ class AudioJEPAEncoder(nn.Module):
     """A pretrained encoder for waveforms of any length.
 
     (waveform [B, samples], float in [-1, 1], mono, at `sampling_rate` Hz) -> [B, R, output_dim],
-    float32: a row each `hop_size_in_ms`, as many as the waveform reaches into.
+    float32: one row per `hop_size_in_ms`, the last one perhaps partial.
 
     Recordings of different lengths are padded with zeros to one waveform. The zeros at the end of
     each are not encoded, and their rows are 0, so that a recording gets the same rows with padding
@@ -58,7 +58,7 @@ class AudioJEPAEncoder(nn.Module):
     AUDIO_JEPA_CHECKPOINT and AUDIO_JEPA_BANDS are read.
 
     Its parameters are frozen; `encoder.requires_grad_(True)` is all that fine-tuning needs.
-    ValueError: no or a damaged checkpoint, other bands, a waveform of another shape.
+    ValueError: a missing or damaged checkpoint, unknown bands, a waveform of another shape.
     """
 
     def __init__(self, checkpoint: str | None = None, bands: str | None = None):
@@ -80,7 +80,8 @@ class AudioJEPAEncoder(nn.Module):
             self.log_mel = LogMel(**stored["config"]["log_mel"])
         self.step = stored["step"]
         self.bands = bands
-        self.amp = stored.get("settings", {}).get("amp", "off")  # as in training, on any machine
+        # As in training, so that the rows are alike on all machines. Slow where bf16 is emulated.
+        self.amp = stored.get("settings", {}).get("amp", "off")
         self.sampling_rate = self.log_mel.sample_rate
         self.excerpt_samples = round(self.sampling_rate * self.log_mel.clip_seconds)
         self.rows_per_excerpt, self.tokens_per_row = config.grid
@@ -189,7 +190,8 @@ class Excerpts(IterableDataset):
                     sound = len(waveform)
                 yield i, before, sound, True, ""
             except UNREADABLE as error:
-                yield i, np.zeros(self.excerpt_samples, np.float32), 0, True, str(error)
+                reason = str(error) or type(error).__name__
+                yield i, np.zeros(self.excerpt_samples, np.float32), 0, True, reason
 
 
 def embed(encoder, files, args):
@@ -232,7 +234,8 @@ def mean_over_time(rows, weights):
     return (weights.unsqueeze(1) * rows).sum(0, keepdim=True) / weights.sum()
 
 
-def save_embeddings(args, encoder, files):
+def save_embeddings(args, encoder):
+    files = AudioFiles(args.data, encoder.sampling_rate)
     blocks = {}
     seconds = {}
     for i, samples, rows, weights in embed(encoder, files, args):
@@ -298,7 +301,7 @@ def knn(embeddings, labels, fold):
 
 
 def standardise(features, reference):
-    """Mean 0 and std 1 in each dimension of `reference` [n, K]; what is constant there stays."""
+    """Mean 0 and std 1 in each dimension of `reference` [n, K]; constant ones are centred only."""
     std, mean = torch.std_mean(reference.double(), dim=0, correction=0)
     return (features.double() - mean) / torch.where(std > 1e-6, std, 1.0)
 
@@ -312,12 +315,12 @@ def principal_axes(features):
     return axes[sizes > 1e-5 * sizes[0]].T
 
 
-def minimise(loss_function, parameters, tolerance):
-    """L-BFGS, deterministic; it stops before ITERATIONS where no gradient exceeds `tolerance`."""
+def minimise(loss_function, parameters, tolerance, iterations):
+    """L-BFGS, deterministic; it stops earlier where no gradient exceeds `tolerance`."""
     optimizer = torch.optim.LBFGS(
         parameters,
-        max_iter=ITERATIONS,
-        max_eval=2 * ITERATIONS,
+        max_iter=iterations,
+        max_eval=2 * iterations,
         tolerance_grad=tolerance,
         tolerance_change=1e-10,
         history_size=10,
@@ -334,7 +337,8 @@ def minimise(loss_function, parameters, tolerance):
 
 
 PENALTIES = [10.0**exponent for exponent in range(0, -7, -1)]
-ITERATIONS = 300  # most fits need fewer; twice as many change nothing
+ITERATIONS = 1000  # of a regression; most need fewer
+ATTENTIVE_ITERATIONS = 300  # twice as many change less than a standard error
 HEADS = 4  # of the attentive probe
 QUERY_PENALTY = 100  # times that of a weight, because attention overfits sooner
 
@@ -364,7 +368,7 @@ def fit(coordinates, labels, classes, penalty, subsets, start=None, tolerance=1e
         size = (weight * scale).square().sum()
         return (share * cross_entropy).sum() + penalty / 2 * size
 
-    minimise(loss, [weight, bias], tolerance)
+    minimise(loss, [weight, bias], tolerance, ITERATIONS)
     return (weight * scale).detach(), bias.detach()
 
 
@@ -421,6 +425,7 @@ def attentive(rows, labels, fold):
     A head weighs the rows of a clip by the softmax of their products with its query. The means of
     all heads enter the regression side by side. (Keys and values would add nothing to a linear
     classifier.) It begins as the regression on the mean row, with the penalty of that one.
+    All rows of a clip count alike, also its last.
     """
     of_training = torch.cat([rows[clip] for clip in fold.train.tolist()])
     axes = principal_axes(standardise(of_training, of_training))
@@ -454,7 +459,7 @@ def attentive(rows, labels, fold):
             total = total + summed / len(fold.train)
         return total
 
-    minimise(loss, parameters, tolerance=1e-5)
+    minimise(loss, parameters, 1e-5, ATTENTIVE_ITERATIONS)
     answers = torch.empty_like(labels)
     with torch.no_grad():
         for clips, padded, padding in padded_batches(
@@ -475,13 +480,13 @@ def padded_batches(rows, clips):
             batch = []
         batch.append(clip)
     batches.append(batch)
-    padded_batches = []
+    result = []
     for batch in batches:
         padded = pad_sequence([rows[clip] for clip in batch], batch_first=True)
         lengths = torch.tensor([len(rows[clip]) for clip in batch])
         padding = torch.arange(padded.shape[1]) >= lengths.unsqueeze(1)
-        padded_batches.append((torch.tensor(batch), padded, padding))
-    return padded_batches
+        result.append((torch.tensor(batch), padded, padding))
+    return result
 
 
 PROBES = {"knn": knn, "linear": linear, "attentive": attentive}
@@ -561,6 +566,7 @@ class LogMelBaseline:
 
     def __init__(self, encoder):
         self.log_mel = encoder.log_mel
+        self.sampling_rate = encoder.sampling_rate
         self.device = encoder.device
         self.excerpt_samples = encoder.excerpt_samples
         self.rows_per_excerpt = encoder.log_mel.time_bins
@@ -577,9 +583,10 @@ def untrained(encoder):
     return encoder
 
 
-def accuracies(args, encoder, files):
-    """Embed a task and probe it -> the accuracy of each probe on the test clips of all folds, and
-    on the valid clips if there are any, which are there to choose by; labels; folds."""
+def accuracies(args, encoder):
+    """Embed a task and probe it -> the accuracy of each probe on the test clips of all folds (and
+    on the valid clips, if any, which are there to choose by), labels, folds."""
+    files = AudioFiles(args.data, encoder.sampling_rate)
     rows_of = {}
     pooled_of = {}
     for i, _, rows, weights in embed(encoder, files, args):
@@ -607,15 +614,17 @@ def accuracies(args, encoder, files):
     return result, labels, folds
 
 
-def run_probes(args, encoder, files):
-    """--probe: log-mel and the untrained encoder, which an encoder has to beat, and the encoder of
-    each checkpoint, as a table and as --json."""
+def run_probes(args, encoders):
+    """--probe: the encoder of each checkpoint, and what it has to beat: log-mel, and the first of
+    them untrained. Prints a table, and writes it to --json."""
+    first = encoders[0]
+    files = AudioFiles(args.data, first.sampling_rate)
     read_task(args.data, [files.name(i) for i in range(len(files))])  # may refuse: before the work
     table = {}
-    table["log-mel"], labels, folds = accuracies(args, LogMelBaseline(encoder), files)
-    table["untrained"] = accuracies(args, untrained(encoder), files)[0]
-    for path in args.checkpoints:
-        table[printable(path)] = accuracies(args, encoder_of(args, path), files)[0]
+    table["log-mel"], labels, folds = accuracies(args, LogMelBaseline(first))
+    table["untrained"] = accuracies(args, untrained(first))[0]
+    for path, encoder in zip(args.checkpoints, encoders, strict=True):
+        table[printable(path)] = accuracies(args, encoder)[0]
 
     tested = sum(len(fold.test) for fold in folds)
     valid = sum(len(fold.valid) for fold in folds)
@@ -679,10 +688,10 @@ def load_authors_file(path):
         theirs = torch.load(path, map_location="cpu", weights_only=True)
     weights = theirs.get("state_dict") if isinstance(theirs, dict) else None
     if not isinstance(weights, dict):
-        raise ValueError(f"{path}: not a checkpoint that can be read, neither ours nor theirs")
+        weights = {}
     target = {}
     for name, tensor in weights.items():
-        network, name = name.replace("_orig_mod.", "").split(".", 1)
+        network, _, name = name.replace("_orig_mod.", "").partition(".")
         name = name.replace("patch_embed.proj", "patch_embed")
         name = name.replace("Wqkv", "qkv").replace("out_proj", "proj")
         if name == "patch_embed.weight":
@@ -691,6 +700,8 @@ def load_authors_file(path):
             tensor = tensor.squeeze(0)
         if network == "target_encoder":
             target[name] = tensor
+    if "patch_embed.weight" not in target:
+        raise ValueError(f"{path}: not a checkpoint that can be read, neither ours nor theirs")
     dim = len(target["patch_embed.weight"])
     hidden = len(target["blocks.0.mlp.fc1.weight"])
     depth = len([name for name in target if name.endswith("attn.qkv.weight")])
@@ -773,7 +784,7 @@ def parse_args(argv):
     add("--json", metavar="FILE", help="write the accuracies as well")
     add("--skip-bad", action="store_true", help="leave out recordings that cannot be used")
     add("--batch-size", type=int, default=32, help="excerpts that pass the encoder at once")
-    add("--workers", type=int, default=default_workers(), help="that read")
+    add("--workers", type=int, default=default_workers(), help="processes that read")
     add(
         "--amp",
         choices=["auto", *PRECISIONS],
@@ -803,14 +814,17 @@ def main(argv: list[str] | None = None) -> None:
         for path in (args.out, args.json):
             if path is not None:
                 try_to_write(path)
-        encoder = encoder_of(args, args.checkpoints[0])
-        files = AudioFiles(args.data, encoder.sampling_rate)
+        encoders = [encoder_of(args, path) for path in args.checkpoints]
         if args.probe:
-            run_probes(args, encoder, files)
+            run_probes(args, encoders)
         else:
-            save_embeddings(args, encoder, files)
+            save_embeddings(args, encoders[0])
     except (OSError, ValueError) as error:
         fail(error)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        fail(f"{error} (mostly for lack of memory: fewer --workers need less)", 1)
 
 
 if __name__ == "__main__":

@@ -1241,6 +1241,16 @@ def test_init_begins_with_weights_of_its_size(tmp_path, capsys, reference):
     checkpoint, _ = pretrain(tmp_path / "out", *flags, "--init", tmp_path / "other.pt")
     assert checkpoint["step"] == 2
     assert same_weights(checkpoint, reference[0], tolerance=1e-4)
+    only_target = {
+        n: v for n, v in reference[0].items() if n not in ("context_encoder", "predictor")
+    }
+    torch.save(only_target, tmp_path / "small.pt")
+    flags = ["--steps", 2, "--warmup", 1, "--lr", 1e-6, "--init", tmp_path / "small.pt"]
+    checkpoint, _ = pretrain(tmp_path / "small", *flags)
+    for name in ("context_encoder", "target_encoder"):
+        weight = checkpoint[name]["blocks.0.mlp.fc1.weight"]
+        expected = reference[0]["target_encoder"]["blocks.0.mlp.fc1.weight"]
+        assert torch.allclose(weight, expected, atol=1e-4)
     flags = [*TINY, "--out", tmp_path / "b", "--init", tmp_path / "other.pt"]
     assert "--model small" in error_line(capsys, *flags, "--model", "small")
     assert "positions sincos" in error_line(capsys, *flags, "--positions", "rotary")
@@ -1871,6 +1881,17 @@ def test_several_checkpoints_are_lines_of_one_table(checkpoint, tmp_path):
     assert both["log-mel"] == alone["log-mel"]
     assert both[str(checkpoint)] == alone[str(checkpoint)]
     assert list(alone["log-mel"]) == ["knn", "knn valid"]  # to choose by, not on the test split
+
+
+def test_each_checkpoint_hears_a_task_at_its_own_rate(checkpoint, tmp_path):
+    task = write_task(tmp_path / "task", ["train", "test"])
+    stored = torch.load(checkpoint, weights_only=True)
+    stored["config"]["log_mel"]["sample_rate"] = 16000
+    torch.save(stored, tmp_path / "other.pt")
+    both = probe(checkpoint, task, "knn", first=[tmp_path / "other.pt"])["accuracy"]
+    alone = probe(tmp_path / "other.pt", task, "knn")["accuracy"]
+    assert both[str(tmp_path / "other.pt")] == alone[str(tmp_path / "other.pt")]
+    assert both[str(checkpoint)] == probe(checkpoint, task, "knn")["accuracy"][str(checkpoint)]
 
 
 @pytest.mark.parametrize(

@@ -599,7 +599,11 @@ def start_from(run, checkpoint):
     positions = checkpoint["config"]["model"]["positions"]
     if positions != run.args.positions:  # the shapes of the weights do not tell
         raise ValueError(f"--init {init} has positions {positions}: set --positions to it")
+    if "context_encoder" not in checkpoint:  # the small weights of .github/export.py
+        checkpoint["context_encoder"] = dict(checkpoint["target_encoder"])
     for name in ("context_encoder", "target_encoder", "predictor"):
+        if name not in checkpoint:
+            continue
         network = stateful_parts(run)[name]
         checkpoint[name]["pos_embed"] = network.pos_embed  # --clip-seconds may differ
         try:
@@ -885,7 +889,7 @@ def fraction(text):
 
 RECIPES = {  # flags that belong together; one that is given on the command line wins
     "paper": {},  # the defaults
-    "small": {  # for some hours of sound and an hour of a CPU core; the README tells why
+    "small": {  # for some hours of sound and an hour of a CPU core
         "model": "tiny",
         "clip_seconds": 2.5,
         "batch_size": 32,

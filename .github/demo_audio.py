@@ -4,7 +4,7 @@
     python .github/demo_audio.py demo            14.5 h to train on, and the tasks
     python .github/demo_audio.py demo --more     44 h to train on
 
-demo/pretrain   speech in 40 languages, music and effects, without labels
+demo/pretrain   speech in 15 languages, music and effects, without labels
 demo/more       the same and 30 h out of other packages (with --more)
 
 Five labelled tasks in folds, each of which is tested once, after training on the others. No task
