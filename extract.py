@@ -289,15 +289,15 @@ def knn(embeddings, labels, fold):
     Every dimension is standardised on the training clips first."""
     embeddings = standardise(embeddings, embeddings[fold.train])
     candidates = F.normalize(embeddings[fold.train], dim=1)
-    answers = []
+    predictions = []
     for clips in (fold.test, fold.valid):
         similarity = F.normalize(embeddings[clips], dim=1) @ candidates.T  # [clips, train]
         nearest = similarity.topk(min(10, len(fold.train)), dim=1)
         weights = (nearest.values / 0.07).softmax(1)  # exp, up to a factor that all 10 share
         votes = torch.zeros(len(clips), int(labels.max()) + 1, dtype=weights.dtype)
         votes.scatter_add_(1, labels[fold.train][nearest.indices], weights)
-        answers.append(votes.argmax(1))
-    return answers
+        predictions.append(votes.argmax(1))
+    return predictions
 
 
 def standardise(features, reference):
@@ -336,7 +336,7 @@ def minimise(loss_function, parameters, tolerance, iterations):
     optimizer.step(closure)
 
 
-PENALTIES = [10.0**exponent for exponent in range(0, -7, -1)]
+PENALTIES = [1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6]
 ITERATIONS = 1000  # of a regression; most need fewer
 ATTENTIVE_ITERATIONS = 300  # twice as many change less than a standard error
 HEADS = 4  # of the attentive probe
@@ -385,7 +385,7 @@ def choose_penalty(coordinates, labels, fold):
         held_out = torch.arange(len(clips)).unsqueeze(0) >= len(fold.train)  # [1, n]
     else:
         clips = fold.train
-        held_out = deal(labels[clips], 5) == torch.arange(5).unsqueeze(1)  # [5, n]
+        held_out = assign_folds(labels[clips], 5) == torch.arange(5).unsqueeze(1)  # [5, n]
     coordinates = coordinates[clips].float()  # good enough to choose by, and twice as fast
     labels = labels[clips]
     classes = int(labels.max()) + 1
@@ -393,8 +393,8 @@ def choose_penalty(coordinates, labels, fold):
     right = []
     for penalty in PENALTIES:
         weight, bias = fit(coordinates, labels, classes, penalty, ~held_out, weight, tolerance=1e-4)
-        answers = (coordinates @ weight + bias).argmax(2)  # [G, n]
-        right.append(((answers == labels) & held_out).sum().item())
+        predictions = (coordinates @ weight + bias).argmax(2)  # [G, n]
+        right.append(((predictions == labels) & held_out).sum().item())
         best = right.index(max(right))
         if len(right) > best + 2:  # two weaker penalties in a row were no better
             break
@@ -460,13 +460,12 @@ def attentive(rows, labels, fold):
         return total
 
     minimise(loss, parameters, 1e-5, ATTENTIVE_ITERATIONS)
-    answers = torch.empty_like(labels)
+    held_out = torch.cat([fold.test, fold.valid])
+    predictions = torch.empty_like(labels)
     with torch.no_grad():
-        for clips, padded, padding in padded_batches(
-            coordinates, torch.cat([fold.test, fold.valid])
-        ):
-            answers[clips] = logits(padded, padding).argmax(1)
-    return answers[fold.test], answers[fold.valid]
+        for clips, padded, padding in padded_batches(coordinates, held_out):
+            predictions[clips] = logits(padded, padding).argmax(1)
+    return predictions[fold.test], predictions[fold.valid]
 
 
 def padded_batches(rows, clips):
@@ -509,8 +508,8 @@ SPLIT_OF = {  # by the name of a folder
 }
 
 
-def deal(labels, folds):
-    """Shuffle the clips of each class and deal them out like cards -> the fold of each, int64."""
+def assign_folds(labels, folds):
+    """Shuffle the clips of each class and spread them evenly -> the fold of each clip, int64."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     order = order[labels[order].argsort(stable=True)]
     fold = torch.empty_like(labels)
@@ -551,7 +550,7 @@ def read_task(data, names):
         folds = [Fold(*parts)]
     else:
         tested = [0]  # of LABEL/*, a fifth
-        number = deal(labels, 5)
+        number = assign_folds(labels, 5)
         if has_folds:
             number = np.unique(tops, return_inverse=True)[1]
             tested = range(number.max() + 1)
@@ -605,9 +604,9 @@ def accuracies(args, encoder):
     result = {}
     for name in args.probe:
         features = rows if name == "attentive" else embeddings
-        answers = [PROBES[name](features, labels, fold) for fold in folds]
-        on_test = torch.cat([answer for answer, _ in answers])
-        on_valid = torch.cat([answer for _, answer in answers])
+        predictions = [PROBES[name](features, labels, fold) for fold in folds]
+        on_test = torch.cat([of_fold[0] for of_fold in predictions])
+        on_valid = torch.cat([of_fold[1] for of_fold in predictions])
         result[name] = (on_test == labels[tested]).double().mean().item()
         if len(valid) > 0:
             result[f"{name} valid"] = (on_valid == labels[valid]).double().mean().item()

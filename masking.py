@@ -140,12 +140,15 @@ def update_ema(target: nn.Module, context: nn.Module, decay: float) -> None:
     if target_state.keys() != context_state.keys():
         different = sorted(target_state.keys() ^ context_state.keys())
         raise ValueError(f"the two encoders differ in {different}")
-    averaged = [name for name, tensor in target_state.items() if tensor.is_floating_point()]
-    targets = [target_state.pop(name) for name in averaged]
-    contexts = [context_state[name] for name in averaged]
+    targets = []
+    contexts = []
+    for name, tensor in target_state.items():
+        if tensor.is_floating_point():
+            targets.append(tensor)
+            contexts.append(context_state[name])
+        else:
+            tensor.copy_(context_state[name])  # counters cannot be averaged
     torch._foreach_lerp_(targets, contexts, 1 - decay)  # lerp_ of each, in few kernels on a GPU
-    for name, counter in target_state.items():
-        counter.copy_(context_state[name])  # counters cannot be averaged
 
 
 if __name__ == "__main__":
