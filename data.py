@@ -487,7 +487,7 @@ OTHER_AUDIO = tuple(b".m4a .mp4 .aac .wma .webm .mka .amr .ape .wv .3gp .mkv .mo
 SEEK_SECONDS = 30
 USAGE = (
     f"give a folder, a list or a .tar of {b' '.join(AUDIO).decode()}; a list is a .txt with a path "
-    "a line, a .csv or .tsv with paths in its first column, or fairseq's .tsv"
+    "a line, or a .csv or .tsv with paths in its first column"
 )
 
 
@@ -547,27 +547,23 @@ def walk(root):
 
 def read_list(path):
     """The paths in a list, relative to its folder. ValueError: a path names no file."""
-    is_txt = path.lower().endswith(b".txt")
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        if is_txt:
-            names = file.read().splitlines()
-        else:
-            delimiter = "," if path.lower().endswith(b".csv") else "\t"
-            names = [cells[0] for cells in csv.reader(file, delimiter=delimiter) if cells]
-    names = [os.fsencode(name) for name in names if name.strip()]
+        lines = file.read().splitlines()
+    is_txt = path.lower().endswith(b".txt")
+    if not is_txt:
+        delimiter = "," if path.lower().endswith(b".csv") else "\t"
+        lines = [cells[0] for cells in csv.reader(lines, delimiter=delimiter) if cells]
+    names = [os.fsencode(line) for line in lines if line.strip()]
     folder = os.path.dirname(path)
-    if not names:
-        return []
-    first = os.path.join(folder, names[0])
-    if len(names) > 1 and os.path.isdir(first):  # fairseq: a root, paths below it
-        names = [names[0] + b"/" + name for name in names[1:]]
-    elif not (is_txt or os.path.exists(first) or first.lower().endswith((*AUDIO, b".tar"))):
-        names = names[1:]  # the first is a heading
     missing = [name for name in names if not os.path.isfile(os.path.join(folder, name))]
+    if missing and missing[0] == names[0] and not is_txt and not names[0].lower().endswith(AUDIO):
+        names = names[1:]  # the first is a heading
+        missing = missing[1:]
     if missing:
-        count = f"{len(missing)} of its {len(names)} lines name no file, as {printable(missing[0])}"
-        hint = "for several folders, put links to them into one"
-        raise ValueError(f"{printable(path)}: {count} ({hint}); {USAGE}")
+        raise ValueError(
+            f"{printable(path)}: {len(missing)} of its {len(names)} lines name no file, as "
+            f"{printable(missing[0])} (for several folders, put links to them into one); {USAGE}"
+        )
     return names
 
 
@@ -667,12 +663,12 @@ def whole_file(path: str | os.PathLike):
     except BaseException as error:
         if os.path.exists(temporary):
             os.remove(temporary)
-        cause = error
-        if isinstance(error, RuntimeError):
-            cause = error.__context__  # torch.save hides the disk's error behind its own
-        if not isinstance(cause, OSError):
-            raise
-        raise OSError(f"cannot write {path}: {cause}; what was there before is kept") from error
+        # torch.save hides the disk's error behind a RuntimeError.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if isinstance(cause, OSError):
+            cause = OSError(f"cannot write {path}: {cause}; what was there before is kept")
+            raise cause from error
+        raise
 
 
 # ------------------------------------------------------------------------------------------------

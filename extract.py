@@ -26,7 +26,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
@@ -315,13 +314,13 @@ def principal_axes(features):
     return axes[sizes > 1e-5 * sizes[0]].T
 
 
-def minimise(loss_function, parameters, tolerance, iterations):
-    """L-BFGS, deterministic; it stops earlier where no gradient exceeds `tolerance`."""
+def minimise(loss_function, parameters, iterations):
+    """L-BFGS, deterministic; it stops earlier where no gradient exceeds 1e-5."""
     optimizer = torch.optim.LBFGS(
         parameters,
         max_iter=iterations,
         max_eval=2 * iterations,
-        tolerance_grad=tolerance,
+        tolerance_grad=1e-5,
         tolerance_change=1e-10,
         history_size=10,
         line_search_fn="strong_wolfe",
@@ -343,80 +342,60 @@ HEADS = 4  # of the attentive probe
 QUERY_PENALTY = 100  # times that of a weight, because attention overfits sooner
 
 
-def fit(coordinates, labels, classes, penalty, subsets, start=None, tolerance=1e-5):
-    """Multinomial logistic regressions, one for each of G subsets of the clips: coordinates [n, J],
-    subsets [G, n], bool -> weight [G, J, classes], bias [G, 1, classes].
+def fit(features, labels, penalty):
+    """Multinomial logistic regression: features [n, J], labels [n] -> weight [J, classes], bias.
 
-    Each minimises mean cross entropy + penalty / 2 * |weight|^2 until it has converged. L-BFGS sees
+    It minimises mean cross entropy + penalty / 2 * |weight|^2 until it has converged. L-BFGS sees
     the weight divided by `scale`, which makes the curvature about the same in all directions. That
-    saves iterations and does not move the minimum. `start` is a weight to begin with.
+    saves iterations and does not move the minimum.
     """
-    scale = curvature_scale(coordinates, penalty)
-    scaled = coordinates * scale.T
-    weight = coordinates.new_zeros(len(subsets), len(scale), classes)
-    if start is not None:
-        weight = start / scale
-    bias = coordinates.new_zeros(len(subsets), 1, classes)
-    weight.requires_grad_()
-    bias.requires_grad_()
-    share = subsets / subsets.sum(1, keepdim=True)  # [G, n], of a clip in the mean of its subset
-    repeated = labels.expand(len(subsets), -1)
+    scale = curvature_scale(features, penalty)
+    scaled = features * scale.T
+    classes = int(labels.max()) + 1
+    weight = features.new_zeros(len(scale), classes).requires_grad_()
+    bias = features.new_zeros(classes).requires_grad_()
 
     def loss():
-        logits = scaled @ weight + bias  # [G, n, classes]
-        cross_entropy = F.cross_entropy(logits.transpose(1, 2), repeated, reduction="none")
         size = (weight * scale).square().sum()
-        return (share * cross_entropy).sum() + penalty / 2 * size
+        return F.cross_entropy(scaled @ weight + bias, labels) + penalty / 2 * size
 
-    minimise(loss, [weight, bias], tolerance, ITERATIONS)
+    minimise(loss, [weight, bias], ITERATIONS)
     return (weight * scale).detach(), bias.detach()
 
 
-def curvature_scale(coordinates, penalty):
+def curvature_scale(features, penalty):
     """Along an axis the curvature of the loss is about var / 4 + penalty: 1 / its root [J, 1]."""
-    return (coordinates.var(0, correction=0) / 4 + penalty).rsqrt().unsqueeze(1)
+    return (features.var(0, correction=0) / 4 + penalty).rsqrt().unsqueeze(1)
 
 
-def choose_penalty(coordinates, labels, fold):
-    """The penalty of the best logistic regression: on the valid clips, or by five-fold
-    cross-validation on the training clips."""
-    if len(fold.valid) > 0:
-        clips = torch.cat([fold.train, fold.valid])
-        held_out = torch.arange(len(clips)).unsqueeze(0) >= len(fold.train)  # [1, n]
-    else:
-        clips = fold.train
-        held_out = assign_folds(labels[clips], 5) == torch.arange(5).unsqueeze(1)  # [5, n]
-    coordinates = coordinates[clips].float()  # good enough to choose by, and twice as fast
-    labels = labels[clips]
-    classes = int(labels.max()) + 1
-    weight = None
+def choose_penalty(features, labels, fold):
+    """The penalty of the best regression: on the valid clips, or by five-fold cross-validation on
+    the training clips."""
+    splits = [(fold.train, fold.valid)]
+    if len(fold.valid) == 0:
+        part = assign_folds(labels[fold.train], 5)
+        splits = [(fold.train[part != n], fold.train[part == n]) for n in range(5)]
+    features = features.float()  # good enough to choose by, and twice as fast
     right = []
     for penalty in PENALTIES:
-        weight, bias = fit(coordinates, labels, classes, penalty, ~held_out, weight, tolerance=1e-4)
-        predictions = (coordinates @ weight + bias).argmax(2)  # [G, n]
-        right.append(((predictions == labels) & held_out).sum().item())
+        right.append(0)
+        for train, held_out in splits:
+            weight, bias = fit(features[train], labels[train], penalty)
+            predictions = (features[held_out] @ weight + bias).argmax(1)
+            right[-1] += (predictions == labels[held_out]).sum().item()
         best = right.index(max(right))
         if len(right) > best + 2:  # two weaker penalties in a row were no better
             break
     return PENALTIES[best]
 
 
-def fit_chosen(coordinates, labels, fold):
-    """-> weight [J, classes], bias [classes] and the penalty they were fitted with."""
-    penalty = choose_penalty(coordinates, labels, fold)
-    classes = int(labels.max()) + 1
-    everything = torch.ones(1, len(fold.train), dtype=torch.bool)
-    train = coordinates[fold.train]
-    weight, bias = fit(train, labels[fold.train], classes, penalty, everything)
-    return weight[0], bias[0, 0], penalty
-
-
 def linear(embeddings, labels, fold):
     """Logistic regression on the standardised embedding."""
     embeddings = standardise(embeddings, embeddings[fold.train])
-    coordinates = embeddings @ principal_axes(embeddings[fold.train])
-    weight, bias, _ = fit_chosen(coordinates, labels, fold)
-    return [(coordinates[clips] @ weight + bias).argmax(1) for clips in (fold.test, fold.valid)]
+    features = embeddings @ principal_axes(embeddings[fold.train])
+    penalty = choose_penalty(features, labels, fold)
+    weight, bias = fit(features[fold.train], labels[fold.train], penalty)
+    return [(features[clips] @ weight + bias).argmax(1) for clips in (fold.test, fold.valid)]
 
 
 def attentive(rows, labels, fold):
@@ -429,63 +408,38 @@ def attentive(rows, labels, fold):
     """
     of_training = torch.cat([rows[clip] for clip in fold.train.tolist()])
     axes = principal_axes(standardise(of_training, of_training))
-    coordinates = (standardise(torch.cat(rows), of_training) @ axes).float()
-    coordinates = coordinates.split([len(clip) for clip in rows])  # [R, J] of each clip
-    means = torch.stack([clip.mean(0) for clip in coordinates])
-    weight, bias, penalty = fit_chosen(means, labels, fold)
+    clips = [(standardise(clip, of_training) @ axes).float() for clip in rows]  # [R, J] of each
+    means = torch.stack([clip.mean(0) for clip in clips])
+    penalty = choose_penalty(means, labels, fold)
+    weight, bias = fit(means[fold.train], labels[fold.train], penalty)
 
     # As in `fit`, L-BFGS sees weights that are divided by a scale.
     scale = curvature_scale(means[fold.train], penalty)  # [J, 1]
     generator = torch.Generator().manual_seed(0)
     query = 0.01 * torch.randn(len(scale), HEADS, generator=generator)  # [J, HEADS]
-    weight = (weight / scale / HEADS).repeat(HEADS, 1, 1)  # [HEADS, J, classes]
+    weight = (weight / scale / HEADS).repeat(HEADS, 1)  # [HEADS x J, classes]
     parameters = [query, weight, bias]
     for parameter in parameters:
         parameter.requires_grad_()
 
-    def logits(padded, padding):
-        scores = padded @ (query * scale)  # [B, R, HEADS]
-        attention = scores.masked_fill(padding.unsqueeze(2), -torch.inf).softmax(1)
-        attended = attention.mT @ padded  # [B, HEADS, J]
-        return torch.einsum("bhj,hjc->bc", attended, weight * scale) + bias
-
-    batches = padded_batches(coordinates, fold.train)
+    def logits(numbers):
+        attended = []
+        for number in numbers.tolist():
+            attention = (clips[number] @ (query * scale)).softmax(0)  # [R, HEADS]
+            attended.append((attention.T @ clips[number]).flatten())
+        return torch.stack(attended) @ (weight * scale.repeat(HEADS, 1)) + bias
 
     def loss():
-        size = (weight * scale).square().sum() + QUERY_PENALTY * (query * scale).square().sum()
-        total = penalty / 2 * size
-        for clips, padded, padding in batches:
-            summed = F.cross_entropy(logits(padded, padding), labels[clips], reduction="sum")
-            total = total + summed / len(fold.train)
-        return total
+        weights = (weight * scale.repeat(HEADS, 1)).square().sum()
+        queries = QUERY_PENALTY * (query * scale).square().sum()
+        cross_entropy = F.cross_entropy(logits(fold.train), labels[fold.train])
+        return cross_entropy + penalty / 2 * (weights + queries)
 
-    minimise(loss, parameters, 1e-5, ATTENTIVE_ITERATIONS)
+    minimise(loss, parameters, ATTENTIVE_ITERATIONS)
     held_out = torch.cat([fold.test, fold.valid])
-    predictions = torch.empty_like(labels)
     with torch.no_grad():
-        for clips, padded, padding in padded_batches(coordinates, held_out):
-            predictions[clips] = logits(padded, padding).argmax(1)
-    return predictions[fold.test], predictions[fold.valid]
-
-
-def padded_batches(rows, clips):
-    """Clips of similar length together, because one of 20 minutes would make all others as long
-    -> a list of (clips [B], rows [B, R, J], padding [B, R])."""
-    batches = []
-    batch = []
-    for clip in sorted(clips.tolist(), key=lambda clip: len(rows[clip])):
-        if batch and len(rows[clip]) > 2 * len(rows[batch[0]]) + 8:
-            batches.append(batch)
-            batch = []
-        batch.append(clip)
-    batches.append(batch)
-    result = []
-    for batch in batches:
-        padded = pad_sequence([rows[clip] for clip in batch], batch_first=True)
-        lengths = torch.tensor([len(rows[clip]) for clip in batch])
-        padding = torch.arange(padded.shape[1]) >= lengths.unsqueeze(1)
-        result.append((torch.tensor(batch), padded, padding))
-    return result
+        predictions = logits(held_out).argmax(1)
+    return predictions.split([len(fold.test), len(fold.valid)])
 
 
 PROBES = {"knn": knn, "linear": linear, "attentive": attentive}
@@ -549,12 +503,11 @@ def read_task(data, names):
         parts = [indices(splits == name) for name in ("train", "valid", "test")]
         folds = [Fold(*parts)]
     else:
-        tested = [0]  # of LABEL/*, a fifth
-        number = assign_folds(labels, 5)
+        part = assign_folds(labels, 5)
         if has_folds:
-            number = np.unique(tops, return_inverse=True)[1]
-            tested = range(number.max() + 1)
-        folds = [Fold(indices(number != n), indices([]), indices(number == n)) for n in tested]
+            part = np.unique(tops, return_inverse=True)[1]
+        none = indices([])
+        folds = [Fold(indices(part != n), none, indices(part == n)) for n in range(max(part) + 1)]
     if any(len(fold.train) == 0 or len(fold.test) == 0 for fold in folds):
         raise ValueError(f"{needed}; {len(names)} recordings are too few")
     return labels, folds

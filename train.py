@@ -22,9 +22,7 @@ import csv
 import dataclasses
 import functools
 import math
-import multiprocessing
 import os
-import resource
 import signal
 import sys
 import tempfile
@@ -257,7 +255,7 @@ def train(args: argparse.Namespace, stop: "StopSignals") -> None:
         fail(error)
     del checkpoint, initial  # they are as large as the run itself
     if processes.is_first:
-        say(describe(run, clips, processes, progress))
+        say(describe(run, settings, processes, progress))
         cut_log(out / "log.csv", progress.step)
 
     # ---- Loop.
@@ -274,31 +272,29 @@ def train(args: argparse.Namespace, stop: "StopSignals") -> None:
         list_bad_files(out / "bad_files.txt", micro_batches)
         result = train_step(run, step, [batch.clips for batch in micro_batches])
 
-        sums = {
-            "loss": result.loss / processes.count,
-            "reads": sum(batch.reads for batch in micro_batches),
-            "bad": sum(len(batch.bad) for batch in micro_batches),
-            "stop": int(stop.requested),  # if one process is asked to stop, all of them do
-        }
-        sums = sum_over_processes(sums, device)
+        loss = result.loss / processes.count
+        reads = sum(batch.reads for batch in micro_batches)
+        bad = sum(len(batch.bad) for batch in micro_batches)
+        stops = int(stop.requested)  # if one process is asked to stop, all of them do
+        loss, reads, bad, stops = sum_over_processes([loss, reads, bad, stops], device)
         progress.step = step + 1
         progress.seconds += time.perf_counter() - began
-        progress.reads += int(sums["reads"])
-        progress.bad += int(sums["bad"])
+        progress.reads += int(reads)
+        progress.bad += int(bad)
         if math.isfinite(result.grad_norm):
             progress.skipped_in_a_row = 0
-            interval.losses.append(sums["loss"])
+            interval.losses.append(loss)
         else:
             progress.skipped_in_a_row += 1
             progress.skipped += 1
         stop_if_hopeless(progress, out)
 
         if progress.step % args.log_every == 0 or progress.step in (1, args.steps):
-            line = log_line(run, progress, interval, result, sums["loss"], len(clips))
+            line = log_line(run, progress, interval, result, loss, len(clips))
             if processes.is_first:
                 write_line(out / "log.csv", line)
             interval = Interval(progress.step, progress.seconds)
-        ends_here = progress.step == args.steps or sums["stop"] > 0
+        ends_here = progress.step == args.steps or stops > 0
         keep = progress.step % args.save_every == 0
         if processes.is_first and (keep or ends_here or time.monotonic() - saved > 600):
             save(run, progress, settings, out, keep)
@@ -443,7 +439,7 @@ def log_line(run, progress, interval, result, loss, num_clips):
         **monitors(targets),
         "clips_per_s": steps * args.batch_size / seconds,
         "data_wait": interval.waited / seconds,
-        "memory_gib": memory_gib(run.device),
+        "memory_gib": torch.cuda.max_memory_allocated() / 2**30,  # the most so far, of a GPU
         "bad_files": progress.bad,
         "skipped": progress.skipped,
     }
@@ -640,24 +636,19 @@ def stop_if_hopeless(progress, out):
         fail(f"{progress.bad} of {progress.reads} reads of recordings failed: see {bad_files}", 1)
 
 
-def describe(run, clips, processes, progress):
+def describe(run, settings, processes, progress):
     """What the run is about to do, to be printed at its start."""
     args = run.args
-    epochs = args.steps * args.batch_size / len(clips)
-    recipe = args.recipe
-    for name in RECIPES[args.recipe]:
-        recipe += f" --{name.replace('_', '-')} {getattr(args, name)}"
     device = str(run.device)
     if run.device.type == "cuda":
         device = torch.cuda.get_device_name()
     return "\n".join(
         [
-            f"data       {clips.source.fingerprint}, {epochs:.4g} epochs",
-            f"recipe     {recipe}",
+            "settings   " + "  ".join(f"{name} {value}" for name, value in settings.items()),
             f"log-mel    mean {run.log_mel.mean:.4f}, std {run.log_mel.std:.4f}",
-            f"model      {args.model}, {count_millions(run.model):.1f} M parameters in training",
-            f"device     {device}, {run.precision}, {processes.count} processes",
-            f"steps      {progress.step} of {args.steps} done, {args.batch_size} clips each",
+            f"model      {count_millions(run.model):.1f} M parameters in training",
+            f"device     {device}, {processes.count} processes",
+            f"steps      {progress.step} of {args.steps} done",
             f"log        {printable(Path(args.out) / 'log.csv')}",
         ]
     )
@@ -711,14 +702,6 @@ def bf16_is_faster():
         seconds_fp32.append(timeit.timeit(lambda: fp32 @ fp32, number=1))
         seconds_bf16.append(timeit.timeit(lambda: bf16 @ bf16, number=1))
     return min(seconds_bf16) < min(seconds_fp32) / 1.5
-
-
-def memory_gib(device):
-    """Most memory used so far: of the GPU, or of this process where there is none."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 # ---- Processes and signals
@@ -796,12 +779,12 @@ def refuse_disagreement(settings):
                 )
 
 
-def sum_over_processes(numbers: dict[str, float], device) -> dict[str, float]:
+def sum_over_processes(numbers: list[float], device) -> list[float]:
     """Each number, summed over the processes, in one exchange."""
-    sums = torch.tensor(list(numbers.values()), device=device, dtype=torch.float32)
+    sums = torch.tensor(numbers, device=device, dtype=torch.float32)
     if dist.is_initialized():
         dist.all_reduce(sums)
-    return dict(zip(numbers, sums.tolist(), strict=True))
+    return sums.tolist()
 
 
 def mean_over_processes(tensor):
@@ -842,11 +825,6 @@ class StopSignals:
     def handle(self, number, frame):
         now = time.monotonic()
         if now > self.requested_at + 5:
-            # A worker may hang in a read, so that only a kill ends it. The loader would raise an
-            # error when one of them dies, unless SIGCHLD is ignored.
-            signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-            for worker in multiprocessing.active_children():
-                worker.kill()
             os._exit(128 + number)
         if not self.requested and launched_processes().is_first:
             with contextlib.suppress(OSError):  # the terminal may be gone
