@@ -269,7 +269,7 @@ def save_embeddings(args, encoder):
 # ------------------------------------------------------------------------------------------------
 # Probes: what is a frozen embedding worth? Each is a function
 #
-#     (features, labels, fold) -> the class of each test clip, and of each valid clip
+#     (features, labels, fold) -> the class of each held-out clip
 #
 # features are embeddings [clips, K], or for the attentive probe the rows [R, K] of each clip.
 
@@ -282,21 +282,21 @@ class Fold:
     valid: torch.Tensor  # to choose by; may be empty
     test: torch.Tensor
 
+    @property
+    def held_out(self):
+        return torch.cat([self.test, self.valid])
+
 
 def knn(embeddings, labels, fold):
     """The vote of the 10 nearest training clips by cosine, each weighing exp(similarity / 0.07).
     Every dimension is standardised on the training clips first."""
-    embeddings = standardise(embeddings, embeddings[fold.train])
-    candidates = F.normalize(embeddings[fold.train], dim=1)
-    predictions = []
-    for clips in (fold.test, fold.valid):
-        similarity = F.normalize(embeddings[clips], dim=1) @ candidates.T  # [clips, train]
-        nearest = similarity.topk(min(10, len(fold.train)), dim=1)
-        weights = (nearest.values / 0.07).softmax(1)  # exp, up to a factor that all 10 share
-        votes = torch.zeros(len(clips), int(labels.max()) + 1, dtype=weights.dtype)
-        votes.scatter_add_(1, labels[fold.train][nearest.indices], weights)
-        predictions.append(votes.argmax(1))
-    return predictions
+    embeddings = F.normalize(standardise(embeddings, embeddings[fold.train]), dim=1)
+    similarity = embeddings[fold.held_out] @ embeddings[fold.train].T  # [held out, train]
+    nearest = similarity.topk(min(10, len(fold.train)), dim=1)
+    weights = (nearest.values / 0.07).softmax(1)  # exp, up to a factor that all 10 share
+    votes = weights.new_zeros(len(weights), int(labels.max()) + 1)
+    votes.scatter_add_(1, labels[fold.train][nearest.indices], weights)
+    return votes.argmax(1)
 
 
 def standardise(features, reference):
@@ -395,7 +395,7 @@ def linear(embeddings, labels, fold):
     features = embeddings @ principal_axes(embeddings[fold.train])
     penalty = choose_penalty(features, labels, fold)
     weight, bias = fit(features[fold.train], labels[fold.train], penalty)
-    return [(features[clips] @ weight + bias).argmax(1) for clips in (fold.test, fold.valid)]
+    return (features[fold.held_out] @ weight + bias).argmax(1)
 
 
 def attentive(rows, labels, fold):
@@ -436,10 +436,8 @@ def attentive(rows, labels, fold):
         return cross_entropy + penalty / 2 * (weights + queries)
 
     minimise(loss, parameters, ATTENTIVE_ITERATIONS)
-    held_out = torch.cat([fold.test, fold.valid])
     with torch.no_grad():
-        predictions = logits(held_out).argmax(1)
-    return predictions.split([len(fold.test), len(fold.valid)])
+        return logits(fold.held_out).argmax(1)
 
 
 PROBES = {"knn": knn, "linear": linear, "attentive": attentive}
@@ -475,24 +473,26 @@ def read_task(data, names):
     """Paths SPLIT/LABEL/..., FOLD/LABEL/... or LABEL/... -> the class of each clip, int64, and a
     list of Folds, each of which is tested. ValueError for other paths.
     """
-    needed = (
+    needed = ValueError(
         f"{data}: a task is train/LABEL/* and test/LABEL/* (and valid/LABEL/*), or fold1/LABEL/*, "
-        "fold2/LABEL/* and so on, or LABEL/*"
+        "fold2/LABEL/* and so on, or LABEL/*, with two recordings or more of each LABEL"
     )
     folders = [name.split("/")[:-1] for name in names]
-    tops = [folder[0].lower().removesuffix(".tar") if folder else "" for folder in folders]
+    if [] in folders:
+        raise needed
+    tops = [folder[0].lower().removesuffix(".tar") for folder in folders]
     splits = [SPLIT_OF.get(top) for top in tops]
-    has_folds = all(top.startswith("fold") for top in tops)
     has_splits = {"train", "test"} <= set(splits)
+    has_folds = all(top.startswith("fold") for top in tops)
     if has_splits and None in splits:  # other folders beside train and test
-        raise ValueError(needed)
+        raise needed
     if not has_splits and None not in splits:  # train and valid without test, for instance
-        raise ValueError(needed)
+        raise needed
     if has_splits or has_folds:
         folders = [folder[1:] for folder in folders]
-    classes = sorted({folder[0] for folder in folders if folder})
-    if [] in folders or len(classes) < 2:
-        raise ValueError(f"{needed}; here there are {len(classes)} LABEL")
+        if [] in folders:
+            raise needed
+    classes = sorted({folder[0] for folder in folders})
     labels = torch.tensor([classes.index(folder[0]) for folder in folders])
 
     def indices(chosen):
@@ -500,16 +500,15 @@ def read_task(data, names):
 
     if has_splits:
         splits = np.array(splits)
-        parts = [indices(splits == name) for name in ("train", "valid", "test")]
-        folds = [Fold(*parts)]
+        folds = [Fold(*[indices(splits == name) for name in ("train", "valid", "test")])]
     else:
         part = assign_folds(labels, 5)
         if has_folds:
             part = np.unique(tops, return_inverse=True)[1]
         none = indices([])
         folds = [Fold(indices(part != n), none, indices(part == n)) for n in range(max(part) + 1)]
-    if any(len(fold.train) == 0 or len(fold.test) == 0 for fold in folds):
-        raise ValueError(f"{needed}; {len(names)} recordings are too few")
+    if len(classes) < 2 or any(len(fold.train) == 0 or len(fold.test) == 0 for fold in folds):
+        raise needed
     return labels, folds
 
 
@@ -552,17 +551,18 @@ def accuracies(args, encoder):
     labels, folds = read_task(args.data, [files.name(i) for i in order])
     embeddings = torch.cat([pooled_of[i] for i in order])
     rows = [rows_of[i] for i in order if i in rows_of]
-    tested = torch.cat([fold.test for fold in folds])
-    valid = torch.cat([fold.valid for fold in folds])
     result = {}
     for name in args.probe:
         features = rows if name == "attentive" else embeddings
-        predictions = [PROBES[name](features, labels, fold) for fold in folds]
-        on_test = torch.cat([of_fold[0] for of_fold in predictions])
-        on_valid = torch.cat([of_fold[1] for of_fold in predictions])
-        result[name] = (on_test == labels[tested]).double().mean().item()
-        if len(valid) > 0:
-            result[f"{name} valid"] = (on_valid == labels[valid]).double().mean().item()
+        on_test = []
+        on_valid = []
+        for fold in folds:
+            right = PROBES[name](features, labels, fold) == labels[fold.held_out]
+            on_test.append(right[: len(fold.test)])
+            on_valid.append(right[len(fold.test) :])
+        result[name] = torch.cat(on_test).double().mean().item()
+        if len(folds[0].valid) > 0:
+            result[f"{name} valid"] = torch.cat(on_valid).double().mean().item()
     return result, labels, folds
 
 
@@ -700,6 +700,8 @@ def encoder_of(args, path):
 
 def try_to_write(path):
     """OSError: `path` cannot be written. Better said before the work than after it."""
+    if path == "" or os.path.isdir(path):
+        raise OSError(f"{path}: it must be a file in a folder that exists")
     temporary = f"{path}.tmp"  # of whole_file
     open(temporary, "wb").close()
     os.remove(temporary)
@@ -750,11 +752,6 @@ def parse_args(argv):
         parser.error("--pool time goes with --out: a probe has one row a recording")
     if args.json is not None and not args.probe:
         parser.error("--json goes with --probe")
-    for path in (args.out, args.json):
-        if path is None:
-            continue
-        if path == "" or os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
-            parser.error(f"{path}: it must be a file in a folder that exists")
     if launched_processes().count > 1:
         parser.error("extract.py runs in one process")
     return args

@@ -115,7 +115,7 @@ def main():
         speed = tflop / times["step alone"]
         print(f"step alone: {speed:.2f} TFLOP/s a process, {speed / product:.0%} of the", end=" ")
         print(f"{product:.2f} TFLOP/s of a matrix product")
-        print(f"peak memory {train.memory_gib(device):.2f} GiB")
+        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
     train.disconnect()
 
 

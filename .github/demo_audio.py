@@ -11,7 +11,7 @@ Five labelled tasks in folds, each of which is tested once, after training on th
 shares a package with the sound to train on.
 
 demo/voices     which of 15 game characters speaks?     A fold has phrases of its own.
-demo/finals     which of 14 endings has a syllable?     A fold is one of two Mandarin speakers.
+demo/letters    which of 20 languages is spoken?        A fold has letters and syllables of its own.
 demo/drums      which of 6 drums is it?                 A fold has drum kits of its own.
 demo/effects    explosion, step, jump, coin, ...?       A fold has games of its own.
 demo/music      which of 9 soundtracks?                 A fold has pieces of its own.
@@ -129,14 +129,14 @@ def voices(out):
             put(path, out / "voices" / fold_of(phrase, 4) / path.parent.name, f"{n:05d}.ogg")
 
 
-def finals(out):
-    """A folder of gcin-voice is a syllable in Bopomofo, perhaps with its tone behind it."""
-    paths = sounds_of("gcin-voice", out)
-    endings = [path.parent.name.rstrip("1234")[-1] for path in paths]
-    for n, (path, ending) in enumerate(zip(paths, endings, strict=True)):
-        if endings.count(ending) >= 80:
-            speaker = "fold1" if path.stem == "3" else "fold2"
-            put(path, out / "finals" / speaker / ending, f"{n:05d}.ogg")
+def letters(out):
+    """At most 60 letters and syllables of each language, spoken by one or two people."""
+    paths = sounds_of("klettres-data", out)
+    for language in sorted({path.parts[-3] for path in paths}):
+        spoken = [path for path in paths if path.parts[-3] == language]
+        for n, path in enumerate(spoken[:: 1 + len(spoken) // 60]):
+            fold = fold_of(path.stem, 4)  # the same names in most languages: "a", "ba", "a-01"
+            put(path, out / "letters" / fold / language, f"{n:05d}{path.suffix}")
 
 
 def drums(out):
@@ -178,7 +178,7 @@ def main(out, more):
     if more:
         pretrain(PRETRAIN, out / "more", out)
         pretrain(MORE, out / "more", out)
-    for task in (voices, finals, drums, effects, music):
+    for task in (voices, letters, drums, effects, music):
         task(out)
 
 
