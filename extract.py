@@ -122,9 +122,9 @@ class AudioJEPAEncoder(nn.Module):
         counts = (sound * self.rows_per_excerpt + rounding_up) // self.excerpt_samples
         rows = spectrogram.new_zeros(len(excerpts), self.rows_per_excerpt, self.output_dim)
         for count in counts.unique().tolist():
-            alike = (counts == count).nonzero().flatten()  # the excerpts with as many rows
+            same_count = (counts == count).nonzero().flatten()
             if count > 0:
-                rows[alike, :count] = self.encode(spectrogram[alike], count)
+                rows[same_count, :count] = self.encode(spectrogram[same_count], count)
         return rows
 
     def encode(self, spectrogram: torch.Tensor, count: int) -> torch.Tensor:
@@ -181,13 +181,13 @@ class Excerpts(IterableDataset):
             recordings = recordings[worker.id :: worker.num_workers]
         for i in recordings:
             try:
-                before = None
+                previous = None
                 for waveform in self.files.windows(i, self.excerpt_samples):
-                    if before is not None:
-                        yield i, before, self.excerpt_samples, False, ""
-                    before = np.pad(waveform, (0, self.excerpt_samples - len(waveform)))
+                    if previous is not None:
+                        yield i, previous, self.excerpt_samples, False, ""
+                    previous = np.pad(waveform, (0, self.excerpt_samples - len(waveform)))
                     sound = len(waveform)
-                yield i, before, sound, True, ""
+                yield i, previous, sound, True, ""
             except UNREADABLE as error:
                 reason = str(error) or type(error).__name__
                 yield i, np.zeros(self.excerpt_samples, np.float32), 0, True, reason
@@ -404,7 +404,7 @@ def attentive(rows, labels, fold):
     A head weighs the rows of a clip by the softmax of their products with its query. The means of
     all heads enter the regression side by side. (Keys and values would add nothing to a linear
     classifier.) It begins as the regression on the mean row, with the penalty of that one.
-    All rows of a clip count alike, also its last.
+    All rows of a clip count equally, including the last.
     """
     of_training = torch.cat([rows[clip] for clip in fold.train.tolist()])
     axes = principal_axes(standardise(of_training, of_training))
@@ -571,7 +571,8 @@ def run_probes(args, encoders):
     them untrained. Prints a table, and writes it to --json."""
     first = encoders[0]
     files = AudioFiles(args.data, first.sampling_rate)
-    read_task(args.data, [files.name(i) for i in range(len(files))])  # may refuse: before the work
+    names = [files.name(i) for i in range(len(files))]
+    read_task(args.data, names)  # so that a wrong task is refused before the work
     table = {}
     table["log-mel"], labels, folds = accuracies(args, LogMelBaseline(first))
     table["untrained"] = accuracies(args, untrained(first))[0]

@@ -76,8 +76,8 @@ def block_mask(
     first = covers.float().argmax(1)  # [B, N]
     first = torch.where(covers.any(1), first, num_rectangles)  # bare patches come last
 
-    # Thin. Patches are masked in the order of their rectangles. Noise below 1 shuffles the patches
-    # of one rectangle, but moves none into another.
+    # Select. Patches are masked in the order of their rectangles. Noise below 1 shuffles those of
+    # one rectangle, but moves none into another.
     noise = torch.rand(batch_size, time * mel, generator=generator, device=device)
     return mask_lowest(first + noise, num_masked)
 

@@ -142,7 +142,7 @@ class Block(nn.Module):
 
 @torch.no_grad()
 def init_weights(network: nn.Module) -> None:
-    """Truncated normal of std 0.02, zero biases, unit norms.
+    """Normal of std 0.02 (truncated at 2, which is never reached), zero biases, LayerNorm scale 1.
 
     Each block adds to the residual stream twice. The two projections of block i = 1, 2, ... that do
     so are divided by sqrt(2 i). The variance of the stream then grows as 1 + 1/2 + 1/3 + ..., with
@@ -160,11 +160,11 @@ def init_weights(network: nn.Module) -> None:
 def run_blocks(network: nn.Module, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Tokens [B, L, D] through all blocks of an encoder or a predictor -> [B, L, D].
 
-    positions holds each token's line of the network's position table. A sin-cos line, as wide as
-    a token, is added to it once. A rotary line, as wide as a head, rotates the queries and keys of
-    every block.
+    `positions` holds the row of the network's position table for each token. A sin-cos row, as wide
+    as a token, is added to it once. A rotary row, as wide as a head, rotates the queries and keys
+    of every block.
     """
-    x = tokens.to(positions.dtype)  # autocast rounds the products, but never the stream itself
+    x = tokens.to(positions.dtype)  # fp32: autocast rounds the products, never the stream itself
     rotation = None
     if network.config.positions == "rotary":
         rotation = positions
@@ -194,7 +194,7 @@ class VisionTransformer(nn.Module):
         init_weights(self)
 
     def patchify(self, spectrogram):
-        """[B, 1, T, F] -> [B, N, 256], time-major: token = t * mel_patches + f."""
+        """[B, 1, T, F] -> [B, N, 16 * 16], time-major: token = t * mel_patches + f."""
         B, _, time, mel = spectrogram.shape
         expected = (self.config.time_bins, self.config.mel_bins)
         if (time, mel) != expected:
@@ -206,12 +206,12 @@ class VisionTransformer(nn.Module):
         return patches.reshape(B, t * f, patch_time * patch_mel)
 
     def forward(self, spectrogram, context_idx=None):
-        patches = self.patchify(spectrogram)  # [B, N, 256]
+        patches = self.patchify(spectrogram)  # [B, N, 16 * 16]
         positions = self.pos_embed  # [N, D]
         if context_idx is not None:
             # Masked patches are dropped before any work is spent on them. The visible ones keep
             # their positions, so that their order in the sequence means nothing.
-            patches = gather_tokens(patches, context_idx)  # [B, C, 256]
+            patches = gather_tokens(patches, context_idx)  # [B, C, 16 * 16]
             positions = positions[context_idx]  # [B, C, D]
         tokens = self.patch_embed(patches)  # [B, L, D], L = N or C
         return self.norm(run_blocks(self, tokens, positions))
@@ -264,7 +264,7 @@ def l2_loss(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def cosine_loss(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """2 - 2 cos: what the authors' released code minimises."""
+    """2 - 2 cos: the loss of the authors' released code."""
     return (2 - 2 * F.cosine_similarity(predictions, targets, dim=-1)).mean()
 
 
@@ -274,12 +274,12 @@ LOSSES = {"l2": l2_loss, "cosine": cosine_loss}
 def normalise_targets(targets: torch.Tensor, within: str = "token") -> torch.Tensor:
     """Give the targets mean 0 and variance 1: [B, N, D] -> [B, N, D], fp32.
 
-    Within a "token": over its features (as I-JEPA). Within a "clip": each feature over the tokens
-    of the clip (as data2vec), which removes from a target everything that all tokens of the clip
-    share. The context gives that away, so predicting it teaches little.
+    Without normalisation, the encoder's last LayerNorm could learn a smaller and smaller scale. The
+    targets would shrink with it, and the loss would fall although nothing is learned.
 
-    Without it, the encoder's last LayerNorm could learn a smaller and smaller scale. The targets
-    would shrink with it, and the loss would fall although nothing is learned.
+    Within a "token": over its features (like I-JEPA). Within a "clip": each feature over the tokens
+    of the clip (like data2vec). The second removes from a target everything that all tokens of the
+    clip share. The context gives that away, so predicting it teaches little.
     """
     axis = {"token": 2, "clip": 1}[within]
     variance, mean = torch.var_mean(targets.float(), axis, correction=0, keepdim=True)
@@ -319,7 +319,7 @@ class JEPA(nn.Module):
 
 
 def position_table(config: JEPAConfig, dim: int, heads: int) -> torch.Tensor:
-    """The table of a network that is `dim` wide: a line for each patch."""
+    """The table of a network that is `dim` wide: a row for each patch."""
     if config.positions == "sincos":
         return sincos_positions(dim, config.grid)
     if config.positions == "rotary":
@@ -364,7 +364,7 @@ def patch_angles(dim: int, grid: tuple[int, int], base: float) -> torch.Tensor:
 def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     """Rotary positions (RoFormer, arXiv 2104.09864) along two axes (sec. VII, point 2).
 
-    x [B, H, L, d], queries or keys of width d = D / H; rotation [B, L, d] or [L, d], their lines of
+    x [B, H, L, d], queries or keys of width d = D / H; rotation [B, L, d] or [L, d], their rows of
     the table -> [B, H, L, d].
 
     Features i and i + d / 2 of x are a point in a plane. It is rotated by an angle that grows with
@@ -373,7 +373,9 @@ def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     direction, but not on where they are. The network is never told the mel band of a patch: it has
     to infer it from the sound, or from the missing neighbours at the edges.
     """
-    rotation = rotation.to(x.dtype).unsqueeze(-3)  # [B, 1, L, d] or [1, L, d]: alike in all heads
+    rotation = rotation.to(x.dtype).unsqueeze(
+        -3
+    )  # [B, 1, L, d] or [1, L, d]: the same for all heads
     sin, cos = rotation.chunk(2, dim=-1)  # each [..., L, d / 2]
     a, b = x.chunk(2, dim=-1)  # [B, H, L, d / 2]
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
