@@ -279,7 +279,8 @@ class Fold:
     """Which clips are for what: indices, int64."""
 
     train: torch.Tensor
-    valid: torch.Tensor  # to choose by; may be empty
+    part: torch.Tensor  # in which part of a cross-validation is each training clip?
+    valid: torch.Tensor  # to choose by instead of a cross-validation; may be empty
     test: torch.Tensor
 
     @property
@@ -369,12 +370,12 @@ def curvature_scale(features, penalty):
 
 
 def choose_penalty(features, labels, fold):
-    """The penalty of the best regression: on the valid clips, or by five-fold cross-validation on
-    the training clips."""
+    """The penalty of the best regression: on the valid clips, or by cross-validation on the
+    training clips."""
     splits = [(fold.train, fold.valid)]
     if len(fold.valid) == 0:
-        part = assign_folds(labels[fold.train], 5)
-        splits = [(fold.train[part != n], fold.train[part == n]) for n in range(5)]
+        parts = [fold.part == n for n in fold.part.unique()]
+        splits = [(fold.train[~part], fold.train[part]) for part in parts]
     features = features.float()  # good enough to choose by, and twice as fast
     right = []
     for penalty in PENALTIES:
@@ -498,15 +499,21 @@ def read_task(data, names):
     def indices(chosen):
         return torch.as_tensor(chosen).nonzero().flatten()
 
+    folds = []
     if has_splits:
         splits = np.array(splits)
-        folds = [Fold(*[indices(splits == name) for name in ("train", "valid", "test")])]
+        train, valid, test = [indices(splits == name) for name in ("train", "valid", "test")]
+        folds.append(Fold(train, assign_folds(labels[train], 5), valid, test))
     else:
-        part = assign_folds(labels, 5)
+        number = assign_folds(labels, 5)
         if has_folds:
-            part = np.unique(tops, return_inverse=True)[1]
-        none = indices([])
-        folds = [Fold(indices(part != n), none, indices(part == n)) for n in range(max(part) + 1)]
+            number = torch.from_numpy(np.unique(tops, return_inverse=True)[1])
+        for tested in number.unique():
+            train = indices(number != tested)
+            part = number[train]  # the folds hold for the cross-validation as well
+            if len(part.unique()) == 1:
+                part = assign_folds(labels[train], 5)
+            folds.append(Fold(train, part, indices([]), indices(number == tested)))
     if len(classes) < 2 or any(len(fold.train) == 0 or len(fold.test) == 0 for fold in folds):
         raise needed
     return labels, folds
