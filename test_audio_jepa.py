@@ -36,6 +36,7 @@ import pytest
 import soundfile
 import torch
 import torch.nn.functional as F
+from torch.testing import assert_close
 from torch.utils.data import DataLoader, Subset
 from torchaudio.compliance import kaldi
 
@@ -246,9 +247,57 @@ class Hostile:
 
 def test_the_defaults_have_the_papers_size():
     assert JEPAConfig().grid == (16, 8)
-    with torch.device("meta"):
-        assert round(model.count_millions(VisionTransformer(JEPAConfig())), 2) == 85.35
-        assert round(model.count_millions(Predictor(JEPAConfig())), 2) == 11.29
+    assert re.search(r"base +85\.35 M +11\.29 M +96\.64 M", run_python("model.py").stdout)
+
+
+@pytest.mark.parametrize("name", ["time_bins", "mel_bins", "dim", "predictor_dim"])
+def test_sizes_that_do_not_divide_are_refused_at_construction(name):
+    with pytest.raises(ValueError, match=f"^{name} = 100"):
+        JEPAConfig(heads=8, predictor_heads=8, **{name: 100})
+
+
+def test_attention_is_the_fused_one():
+    attention = model.Attention(32, 2)
+    x = torch.randn(2, 7, 32)
+    q, k, v = attention.qkv(x).view(2, 7, 3, 2, 16).permute(2, 0, 3, 1, 4)
+    fused = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    assert_close(attention(x), attention.proj(fused))
+
+
+def test_weights_start_with_the_std_that_is_claimed():
+    for network in (VisionTransformer(PRESETS["tiny"]), Predictor(PRESETS["base"])):
+        for i, block in enumerate(network.blocks, start=1):
+            for layer in (block.attn.qkv, block.mlp.fc1):
+                assert layer.weight.std().item() == pytest.approx(0.02, rel=0.05)
+            for layer in (block.attn.proj, block.mlp.fc2):
+                std = math.sqrt(2 * i) * layer.weight.std().item()
+                assert std == pytest.approx(0.02, rel=0.05)
+                assert not layer.bias.any()
+
+
+def test_autocast_does_not_round_the_residual_stream():
+    encoder = VisionTransformer(SMALL)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert encoder(a_spectrogram()).dtype == torch.float32
+
+
+def test_a_token_is_one_patch_in_time_major_order():
+    t = torch.arange(64.0).view(1, 1, 64, 1) // 8
+    f = torch.arange(48.0) // 24
+    encoder = VisionTransformer(dataclasses.replace(SMALL, patch_size=(8, 24)))
+    patches = encoder.patchify(2 * t + f)
+    assert torch.equal(patches, torch.arange(16.0).view(1, 16, 1).expand(1, 16, 8 * 24))
+
+
+def test_the_context_encoder_sees_the_visible_patches_alone():
+    encoder = VisionTransformer(SMALL)
+    spectrogram = a_spectrogram().requires_grad_()
+    context_idx, target_idx = a_mask()
+    tokens = encoder(spectrogram, context_idx)
+    (tokens * torch.randn_like(tokens)).sum().backward()
+    seen = encoder.patchify(spectrogram.grad).any(2)
+    assert seen.gather(1, context_idx).all()
+    assert not seen.gather(1, target_idx).any()
 
 
 def test_the_position_table_is_the_formula():
@@ -256,41 +305,9 @@ def test_the_position_table_is_the_formula():
     k = 5
     frequency = 10000 ** -(k / 8)
     expected = []
-    for index in (2, 3):
+    for index in (2, 3):  # mel, then time
         expected += [math.sin(index * frequency), math.cos(index * frequency)]
-    assert torch.allclose(token[[k, 8 + k, 16 + k, 24 + k]], torch.tensor(expected))
-
-
-@pytest.mark.parametrize("time, mel", [(16, 16), (8, 48)])
-def test_a_token_is_one_patch_in_time_major_order(time, mel):
-    t = torch.arange(64.0).view(1, 1, 64, 1) // time
-    f = torch.arange(48.0) // mel
-    config = dataclasses.replace(SMALL, patch_size=(time, mel))
-    patches = VisionTransformer(config).patchify(t * (48 // mel) + f)
-    count = math.prod(config.grid)
-    assert torch.equal(patches, torch.arange(count).view(1, -1, 1).expand(1, count, time * mel))
-
-
-def test_the_context_encoder_sees_only_visible_patches():
-    encoder = VisionTransformer(SMALL)
-    spectrogram = a_spectrogram()
-    context_idx, target_idx = a_mask()
-    changed = spectrogram.clone()
-    for b in range(2):
-        for patch in target_idx[b].tolist():
-            t = patch // 3 * 16
-            f = patch % 3 * 16
-            changed[b, 0, t : t + 16, f : f + 16] += 1
-    assert torch.equal(encoder(spectrogram, context_idx), encoder(changed, context_idx))
-    assert not torch.allclose(encoder(spectrogram), encoder(changed))
-
-
-def test_attention_is_the_fused_one():
-    attention = model.Attention(32, 2)
-    x = torch.randn(2, 7, 32)
-    q, k, v = attention.qkv(x).view(2, 7, 3, 2, 16).permute(2, 0, 3, 1, 4)
-    fused = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 7, 32)
-    assert torch.allclose(attention(x), attention.proj(fused), atol=1e-5)
+    assert_close(token[[k, 8 + k, 16 + k, 24 + k]], torch.tensor(expected))
 
 
 def sharp(network):
@@ -311,34 +328,15 @@ def test_a_prediction_changes_with_the_position_it_is_asked_for(positions):
         assert (at_7 - elsewhere).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("time, mel", [(1, 0), (0, 1)])
 @pytest.mark.parametrize("positions", ["sincos", "rotary"])
-def test_rotary_positions_alone_depend_on_distances_only(positions, time, mel):
+def test_rotary_positions_alone_depend_on_distances_only(positions):
     encoder = sharp(VisionTransformer(dataclasses.replace(SMALL, positions=positions)))
     spectrogram = a_spectrogram()
     context_idx = torch.tensor([[0, 1, 4, 6], [0, 3, 7, 4]])  # of 4 x 3 patches, none at the end
-    moved = spectrogram.roll((16 * time, 16 * mel), dims=(2, 3))
-    moved_idx = context_idx + 3 * time + mel
+    moved = spectrogram.roll((16, 16), dims=(2, 3))
+    moved_idx = context_idx + 3 + 1
     same = torch.allclose(encoder(spectrogram, context_idx), encoder(moved, moved_idx), atol=1e-4)
     assert same == (positions == "rotary")
-
-
-@pytest.mark.parametrize("positions", ["sincos", "rotary"])
-def test_autocast_does_not_round_the_residual_stream(positions):
-    encoder = VisionTransformer(dataclasses.replace(SMALL, positions=positions))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert encoder(a_spectrogram()).dtype == torch.float32
-        assert encoder(a_spectrogram(), a_mask()[0]).dtype == torch.float32
-
-
-def test_weights_start_with_the_std_that_is_claimed():
-    for network in (VisionTransformer(PRESETS["tiny"]), Predictor(PRESETS["base"])):
-        for i, block in enumerate(network.blocks, start=1):
-            for layer in (block.attn.qkv, block.mlp.fc1):
-                assert layer.weight.std().item() == pytest.approx(0.02, rel=0.05)
-            for layer in (block.attn.proj, block.mlp.fc2):
-                assert layer.weight.std().item() == pytest.approx(0.02 / (2 * i) ** 0.5, rel=0.05)
-                assert not layer.bias.any()
 
 
 def test_the_loss_is_equation_2_on_normalised_targets():
@@ -348,33 +346,18 @@ def test_the_loss_is_equation_2_on_normalised_targets():
     context_idx, target_idx = a_mask()
     context = jepa.context_encoder(spectrogram, context_idx)
     predictions = jepa.predictor(context, context_idx, target_idx)
+    normalised = F.layer_norm(targets, [32])
     total = 0.0
     for b in range(2):
         for j, patch in enumerate(target_idx[b]):
-            target = targets[b, patch]
-            target = (target - target.mean()) / (target.var(correction=0) + 1e-5).sqrt()
-            total += (predictions[b, j] - target).square().sum()
-    loss = jepa(spectrogram, context_idx, target_idx, targets)
-    assert torch.allclose(loss, total / (2 * 5), rtol=1e-5)
+            total += (predictions[b, j] - normalised[b, patch]).square().sum()
+    assert_close(jepa(spectrogram, context_idx, target_idx, targets), total / (2 * 5))
 
 
-def test_targets_over_a_clip_hold_nothing_that_all_its_tokens_share():
-    targets = torch.randn(3, 12, 32)
-    of_the_clip = 5 * torch.randn(3, 1, 32)
-    normalised = model.normalise_targets(targets + of_the_clip, "clip")
-    assert torch.allclose(normalised, model.normalise_targets(targets, "clip"), atol=1e-4)
-    assert torch.allclose(normalised.mean(1), torch.zeros(3, 32), atol=1e-5)
-    assert torch.allclose(normalised.std(1, correction=0), torch.ones(3, 32), atol=1e-3)
-
-
-@pytest.mark.parametrize("loss", model.LOSSES)
-def test_the_scale_of_the_targets_cannot_lower_the_loss(loss):
-    jepa = JEPA(SMALL, loss)
-    spectrogram = a_spectrogram()
-    targets = torch.randn(2, 12, 32)
-    before = jepa(spectrogram, *a_mask(), targets)
-    shrunk = jepa(spectrogram, *a_mask(), targets * 0.1)
-    assert torch.allclose(before, shrunk, rtol=1e-2)
+def test_targets_over_a_clip_are_normalised_over_its_tokens():
+    targets = 5 * torch.randn(3, 12, 32) + torch.randn(3, 1, 32)
+    expected = F.layer_norm(targets.mT, [12]).mT
+    assert_close(model.normalise_targets(targets, "clip"), expected)
 
 
 def test_gradients_reach_every_trained_weight_and_stop_before_the_targets():
@@ -386,12 +369,6 @@ def test_gradients_reach_every_trained_weight_and_stop_before_the_targets():
     assert all(parameter.grad is None for parameter in target_encoder.parameters())
 
 
-@pytest.mark.parametrize("name", ["time_bins", "mel_bins", "dim", "predictor_dim"])
-def test_sizes_that_do_not_divide_are_refused_at_construction(name):
-    with pytest.raises(ValueError, match=f"^{name} = 100"):
-        JEPAConfig(heads=8, predictor_heads=8, **{name: 100})
-
-
 # ================================================================================================
 # masking.py
 
@@ -399,9 +376,9 @@ BOTH_MASKS = pytest.mark.parametrize("mask", masking.MASKS.values(), ids=masking
 
 
 @BOTH_MASKS
-@pytest.mark.parametrize("grid, num_masked", [((16, 8), 60), ((1, 8), 1), ((1, 8), 7)])
+@pytest.mark.parametrize("grid, num_masked", [((16, 8), 60), ((1, 8), 7)])
 def test_context_and_target_are_disjoint_and_complete(mask, grid, num_masked):
-    context_idx, target_idx = mask(7, grid, num_masked, generator())
+    context_idx, target_idx = mask(7, grid, num_masked, torch.Generator())
     assert target_idx.shape == (7, num_masked)
     everything = torch.cat([context_idx, target_idx], dim=1).sort(1).values
     assert torch.equal(everything, torch.arange(grid[0] * grid[1]).expand(7, -1))
@@ -409,13 +386,13 @@ def test_context_and_target_are_disjoint_and_complete(mask, grid, num_masked):
 
 @BOTH_MASKS
 def test_every_clip_has_a_mask_of_its_own(mask):
-    _, target_idx = mask(64, (16, 8), 60, generator())
+    _, target_idx = mask(64, (16, 8), 60, torch.Generator())
     assert len(target_idx.unique(dim=0)) == 64
 
 
 def hidden_maps(mask, clips):
     """1 where a patch is hidden, 0 elsewhere: [clips, 16, 8], half of them hidden."""
-    _, target_idx = mask(clips, (16, 8), 64, generator())
+    _, target_idx = mask(clips, (16, 8), 64, torch.Generator())
     return torch.zeros(clips, 128).scatter_(1, target_idx, 1.0).view(clips, 16, 8)
 
 
@@ -428,24 +405,21 @@ def test_random_masks_hide_every_patch_equally_often():
 def test_block_masks_reach_the_edges_and_favour_no_corner():
     ratio = hidden_maps(masking.block_mask, 20000).mean(0)
     assert ratio.min() > 0.05  # few rectangles reach a corner
-    assert (ratio - ratio.flip(0)).abs().max() < 0.03
-    assert (ratio - ratio.flip(1)).abs().max() < 0.03
+    for axis in (0, 1):
+        assert (ratio - ratio.flip(axis)).abs().max() < 0.03
 
 
 def test_block_masks_are_made_of_blocks():
-    def equal_neighbours(mask):
-        hidden = hidden_maps(mask, 500)
-        return (hidden[:, 1:] == hidden[:, :-1]).float().mean()
-
-    assert equal_neighbours(masking.block_mask) > 0.8
-    assert equal_neighbours(masking.random_mask) < 0.6
+    hidden = hidden_maps(masking.block_mask, 500)
+    equal_neighbours = hidden[:, 1:] == hidden[:, :-1]
+    assert equal_neighbours.float().mean() > 0.8  # half of them in a random mask
 
 
 @BOTH_MASKS
 def test_masks_are_a_pure_function_of_seed_and_step(mask):
     def draw(seed, step):
-        torch.rand(3)  # the global generator does not matter
-        return masking.draw_masks(mask, seed, step, 8, (16, 8), (0.5, 0.5), "cpu")[1]
+        _, target_idx = masking.draw_masks(mask, seed, step, 8, (16, 8), (0.5, 0.5), "cpu")
+        return target_idx
 
     assert torch.equal(draw(1, 5), draw(1, 5))
     for seed, step in [(1, 6), (2, 5), (5, 1)]:
@@ -456,45 +430,36 @@ def test_the_masked_ratio_is_drawn_once_a_step_over_its_whole_range():
     counts = set()
     for step in range(1000):
         _, target_idx = masking.draw_masks(
-            masking.random_mask, 0, step, 2, (16, 8), (0.4, 0.6), "cpu"
+            masking.random_mask,
+            0,
+            step,
+            2,
+            (16, 8),
+            (0.4, 0.6),
+            "cpu",
         )
         counts.add(target_idx.shape[1])
     assert counts == set(range(51, 78))
 
 
-def test_no_mask_is_empty_and_none_is_all():
-    for num_masked in (0, 128):
-        with pytest.raises(ValueError, match="mask some of them, but not all"):
-            masking.random_mask(2, (16, 8), num_masked, generator())
-
-
 def test_ema_decay_is_byols_cosine():
     decays = [masking.ema_decay(step, 100) for step in (0, 50, 100, 101)]
-    assert decays == pytest.approx([0.996, 0.998, 1, 1], abs=1e-12)
+    assert decays == pytest.approx([0.996, 0.998, 1, 1])
     assert masking.ema_decay(0, 100, base=0.9) == pytest.approx(0.9)
     assert masking.ema_decay(100, 100, end=0.999) == pytest.approx(0.999)
 
 
-def test_ema_equals_its_closed_form():
-    target = VisionTransformer(SMALL)
-    context = VisionTransformer(SMALL)
-    start = copy.deepcopy(target).state_dict()
-    for _ in range(10):
-        masking.update_ema(target, context, 0.9)
-    for name, tensor in target.state_dict().items():
-        expected = 0.9**10 * start[name] + (1 - 0.9**10) * context.state_dict()[name]
-        assert torch.allclose(tensor, expected, atol=1e-6)
-
-
-def test_ema_covers_buffers_and_refuses_other_names():
+def test_the_ema_is_equation_3_on_every_parameter_and_buffer():
     target = torch.nn.BatchNorm1d(3)
     context = torch.nn.BatchNorm1d(3)
+    context.weight.data.normal_()
     context(torch.randn(8, 3))
-    masking.update_ema(target, context, 0.5)
-    assert torch.allclose(target.running_mean, 0.5 * context.running_mean)
-    assert target.num_batches_tracked == 1
-    with pytest.raises(ValueError, match="running_mean"):
-        masking.update_ema(target, torch.nn.LayerNorm(3), 0.5)
+    before = copy.deepcopy(target.state_dict())
+    masking.update_ema(target, context, 0.9)
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        expected = 0.9 * before[name] + 0.1 * context.state_dict()[name]
+        assert_close(target.state_dict()[name], expected)
+    assert target.num_batches_tracked == 1  # a counter has no mean
 
 
 # ================================================================================================
