@@ -13,7 +13,7 @@ extract.py  embeddings whatever the batching, probes, X-ARES, fine-tuning, the a
 import copy
 import csv
 import dataclasses
-import functools
+import itertools
 import json
 import math
 import os
@@ -48,6 +48,7 @@ import train
 from model import JEPA, PRESETS, JEPAConfig, Predictor, VisionTransformer
 
 HERE = Path(__file__).parent
+SMALL_WEIGHTS = HERE / ".github" / "audio-jepa-tiny.pt"
 SMALL = JEPAConfig(
     time_bins=64,
     mel_bins=48,
@@ -154,6 +155,15 @@ def start(*command, env=None):
     )
 
 
+def refusal(capsys, main, flags, code=2):
+    """The one line that a program says before it exits with this code."""
+    with pytest.raises(SystemExit) as stopped:
+        main([str(flag) for flag in flags])
+    assert stopped.value.code == code
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
 # The smallest run there is: clips of 2 x 8 patches, 20 steps.
 TINY = "--model tiny --clip-seconds 1.25 --batch-size 8 --steps 20 --warmup 5 --amp off".split()
 TINY += "--log-every 1 --workers 0".split()
@@ -229,16 +239,6 @@ def interrupted(out, step, *flags):
 def reference(tmp_path_factory):
     """An uninterrupted run of one process on synthetic clips."""
     return pretrain(tmp_path_factory.mktemp("reference"))
-
-
-class Hostile:
-    """An object whose loading would create a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
 
 
 # ================================================================================================
@@ -516,6 +516,20 @@ def pack(folder, out):
 
 # ================================================================================================
 # data.py: the log-mel
+
+
+def kaldi_fbank(waveform, rate, mels, hop, window, snip_edges):
+    """The log-mel of torchaudio; `hop` and `window` are in samples."""
+    return kaldi.fbank(
+        waveform.unsqueeze(0),
+        sample_frequency=rate,
+        num_mel_bins=mels,
+        frame_shift=1000 * hop / rate,
+        frame_length=1000 * window / rate,
+        window_type="hanning",
+        snip_edges=snip_edges,
+        dither=0.0,
+    )
 
 
 @pytest.mark.parametrize("rate, mels", [(32000, 128), (16000, 80)])
@@ -1454,20 +1468,15 @@ def test_world_size_without_a_launcher_is_one_process(tmp_path):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """The paper's excerpts and patches, in a format that has to stay."""
+    """A small network with the paper's excerpts and patches."""
     torch.manual_seed(0)
-    sizes = {"time_bins": 256, "mel_bins": 128, "patch_size": (16, 16)}
-    sizes |= {"dim": 64, "depth": 2, "heads": 1}
-    predictor = {"predictor_dim": 96, "predictor_depth": 4, "predictor_heads": 3, "mlp_ratio": 4.0}
-    log_mel = {"sample_rate": 32000, "clip_seconds": 10.0, "time_bins": 256, "mel_bins": 128}
-    config = JEPAConfig(**sizes, **predictor)
+    sizes = {"dim": 64, "depth": 2, "heads": 1}
     stored = {
         "format": "audio-jepa 2",
         "step": 3,
-        "config": {"model": sizes | predictor, "log_mel": log_mel | {"mean": -7.0, "std": 4.0}},
+        "config": {"model": sizes, "log_mel": {"mean": -7.0, "std": 4.0}},
         "settings": {"amp": "off"},
-        "target_encoder": VisionTransformer(config).state_dict(),
-        "context_encoder": VisionTransformer(config).state_dict(),
+        "target_encoder": VisionTransformer(JEPAConfig(**sizes)).state_dict(),
     }
     path = tmp_path_factory.mktemp("checkpoint") / "last.pt"
     torch.save(stored, path)
@@ -1502,36 +1511,18 @@ def embeddings(checkpoint, path, out, *flags):
 
 
 @pytest.fixture(scope="module")
-def by_clip(checkpoint, recordings, tmp_path_factory):
-    return embeddings(checkpoint, recordings, tmp_path_factory.mktemp("clip") / "e.npz")
-
-
-@pytest.fixture(scope="module")
-def by_time(checkpoint, recordings, tmp_path_factory):
-    out = tmp_path_factory.mktemp("time") / "e.npz"
-    return embeddings(checkpoint, recordings, out, "--pool", "time")
-
-
-def same_rows(one, other):
-    return one.shape == other.shape and np.abs(one - other).max() < 1e-5
-
-
-def extract_error(capsys, *flags):
-    """The one line that extract.py says before it exits with code 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        run_extract(*flags)
-    assert stopped.value.code == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1
-    return lines[0]
+def pooled(checkpoint, recordings, tmp_path_factory):
+    """Embeddings of the recordings, by clip and by time."""
+    out = tmp_path_factory.mktemp("pooled") / "e.npz"
+    by_clip = embeddings(checkpoint, recordings, out)
+    return by_clip, embeddings(checkpoint, recordings, out, "--pool", "time")
 
 
 # ---- The encoder as a module: only sound is encoded; X-ARES, fine-tuning
 
 
 @pytest.mark.parametrize(
-    "samples,rows", [(1000, 1), (50000, 3), (320000, 16), (320001, 17), (600 * 32000, 960)]
+    "samples, rows", [(1000, 1), (50000, 3), (320000, 16), (320001, 17), (600 * 32000, 960)]
 )
 def test_a_waveform_gives_a_row_for_each_625_ms_that_it_reaches_into(encoder, samples, rows):
     made = encoder(torch.randn(1, samples))
@@ -1540,57 +1531,48 @@ def test_a_waveform_gives_a_row_for_each_625_ms_that_it_reaches_into(encoder, sa
     assert made.isfinite().all()
 
 
-@pytest.mark.parametrize("samples", [1000, 50000, 330000])
-def test_padding_changes_no_row_and_has_rows_of_zeros(encoder, samples):
-    waveform = torch.randn(1, samples)
-    alone = encoder(waveform)
-    others = torch.randn(2, 700000)
-    padded = torch.cat([others, F.pad(waveform, (0, 700000 - samples))])
-    rows = encoder(padded)
-    assert torch.allclose(rows[2, : alone.shape[1]], alone[0], atol=1e-5)
-    assert not rows[2, alone.shape[1] :].any()
-
-
-def test_silence_in_a_recording_is_encoded_like_any_other_sound(encoder):
-    waveform = torch.cat([torch.randn(1, 40000), torch.zeros(1, 80000), torch.randn(1, 40000)], 1)
-    rows = encoder(waveform)
-    assert rows.abs().amax(2).min() > 0
-    without_the_end = encoder(waveform[:, :120000])  # ends in zeros, which could be padding
-    assert not without_the_end[:, 2:].any()
-    known = encoder(waveform[:, :120000], lengths=torch.tensor([120000]))
-    assert known.abs().amax(2).min() > 0
-    assert encoder(torch.zeros(1, 40000)).abs().amax(2).min() > 0  # nothing but silence
-
-
 def test_rows_come_from_the_tokens_that_hold_sound_alone(encoder):
     """By hand: 1 s reaches into two rows of 625 ms, 16 of the 128 tokens of 10 s."""
     waveform = torch.randn(1, 32000)
     spectrogram = encoder.log_mel(F.pad(waveform, (0, 9 * 32000)))
     tokens = encoder.network(spectrogram, torch.arange(16).unsqueeze(0))
-    assert torch.allclose(encoder(waveform), tokens.view(1, 2, 512), atol=1e-5)
+    assert_close(encoder(waveform), tokens.view(1, 2, 512))
 
 
-def test_xares_finds_one_encoder():
-    names = [name for name in dir(extract) if name.endswith("Encoder")]
-    assert names == ["AudioJEPAEncoder"]
+@pytest.mark.parametrize("samples", [1000, 330000])
+def test_padding_changes_no_row_and_has_rows_of_zeros(encoder, samples):
+    waveform = torch.randn(1, samples)
+    alone = encoder(waveform)[0]
+    others = torch.randn(2, 700000)
+    padded = torch.cat([others, F.pad(waveform, (0, 700000 - samples))])
+    rows = encoder(padded)[2]
+    assert_close(rows[: len(alone)], alone)
+    assert not rows[len(alone) :].any()
 
 
-@pytest.mark.parametrize("bands,width", [("concat", 512), ("mean", 64)])
-def test_xares_builds_the_encoder_without_arguments(checkpoint, monkeypatch, bands, width):
+def test_only_zeros_at_the_end_are_padding_unless_lengths_are_given(encoder):
+    def encoded(*parts, lengths=None):
+        return encoder(torch.cat(parts, 1), lengths)[0].any(1).tolist()
+
+    sound = torch.randn(1, 40000)  # in two rows
+    zeros = torch.zeros(1, 40000)
+    assert encoded(sound, zeros) == [True, True, False, False]
+    assert all(encoded(sound, zeros, lengths=torch.tensor([80000])))
+    assert all(encoded(sound, zeros, sound))
+    assert all(encoded(zeros))  # nothing but silence
+
+
+def test_xares_finds_one_encoder_and_builds_it_in_a_spawned_process(
+    checkpoint, encoder, monkeypatch
+):
+    (name,) = [name for name in dir(extract) if name.endswith("Encoder")]
     monkeypatch.setenv("AUDIO_JEPA_CHECKPOINT", str(checkpoint))
-    monkeypatch.setenv("AUDIO_JEPA_BANDS", bands)
-    encoder = extract.AudioJEPAEncoder()
-    assert encoder.sampling_rate == 32000
-    assert encoder.hop_size_in_ms == 625
-    assert encoder.output_dim == width
-    assert encoder(torch.randn(1, 1000)).shape == (1, 1, width)
-
-
-def test_the_encoder_travels_to_a_spawned_process(encoder):
-    waveform = torch.randn(1, 50000)
+    monkeypatch.setenv("AUDIO_JEPA_BANDS", "mean")
     with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
-        made = pool.apply(encoder, (waveform,))
-    assert torch.allclose(made, encoder(waveform), atol=1e-5)
+        made = pool.apply(getattr(extract, name))
+    assert [made.sampling_rate, made.hop_size_in_ms, made.output_dim] == [32000, 625, 64]
+    waveform = torch.randn(1, 50000)
+    assert_close(made(waveform), encoder(waveform).unflatten(2, (8, 64)).mean(2))
 
 
 def test_the_encoder_is_frozen_until_its_user_lifts_that(checkpoint):
@@ -1599,127 +1581,85 @@ def test_the_encoder_is_frozen_until_its_user_lifts_that(checkpoint):
     encoder.requires_grad_(True).train()
     rows = encoder(torch.randn(2, 50000))
     (rows * torch.randn_like(rows)).sum().backward()
-    for name, parameter in encoder.named_parameters():
-        assert parameter.grad.abs().max() > 0, name
+    assert all(parameter.grad.any() for parameter in encoder.parameters())
 
 
-def test_the_autocast_of_the_caller_does_not_reach_the_encoder(encoder):
-    waveform = torch.randn(2, 50000)
-    with torch.autocast("cpu", torch.bfloat16):
-        made = encoder(waveform)
-    assert (made - encoder(waveform)).abs().max() < 1e-4
-
-
-@pytest.mark.parametrize("precision,error", [("half", 0.01), ("bfloat16", 0.05), ("double", 1e-4)])
-def test_the_encoder_works_in_other_precisions(encoder, precision, error):
+def test_the_encoder_works_in_other_precisions(encoder):
     waveform = torch.randn(2, 50000)
     expected = encoder(waveform)
-    made = getattr(copy.deepcopy(encoder), precision)()(waveform)
-    assert (made - expected).norm() < error * expected.norm()
+    made = copy.deepcopy(encoder).bfloat16()(waveform)
+    assert (made - expected).norm() < 0.05 * expected.norm()
 
 
-def test_the_encoder_computes_in_the_precision_of_its_training(checkpoint, tmp_path):
+def test_the_encoder_computes_in_the_precision_of_its_training(checkpoint, encoder, tmp_path):
     stored = torch.load(checkpoint, weights_only=True)
     stored["settings"] = {"amp": "bf16"}
     torch.save(stored, tmp_path / "bf16.pt")
-    waveform = torch.randn(1, 50000)
     in_bf16 = extract.load_encoder(tmp_path / "bf16.pt")
-    in_fp32 = extract.load_encoder(checkpoint)
-    assert not torch.allclose(in_bf16(waveform), in_fp32(waveform), atol=1e-4)
+    waveform = torch.randn(1, 50000)
+    assert not torch.allclose(in_bf16(waveform), encoder(waveform), atol=1e-4)
     in_bf16.amp = "off"
-    assert torch.equal(in_bf16(waveform), in_fp32(waveform))
+    assert torch.equal(in_bf16(waveform), encoder(waveform))
 
 
 # ---- Embeddings of a folder
 
 
-def test_embeddings_have_one_row_a_recording_in_sorted_order(by_clip):
+def test_embeddings_have_a_row_a_recording_and_tell_how_they_were_made(pooled):
+    by_clip, _ = pooled
     assert by_clip["embeddings"].shape == (6, 8 * 64)
     assert by_clip["offsets"].tolist() == [0, 1, 2, 3, 4, 5, 6]
     assert by_clip["paths"].tolist() == [f"{n}.wav" for n in range(6)]
-
-
-def test_embeddings_tell_how_they_were_made(by_clip):
-    config = json.loads(by_clip["config"].item())
     assert by_clip["seconds"] == pytest.approx(SECONDS, abs=1e-4)
-    assert by_clip["sample_rate"] == 32000
-    assert by_clip["hop_ms"] == 625
-    assert by_clip["step"] == 3
-    assert config["model"]["dim"] == 64
+    numbers = [by_clip[name].item() for name in ("sample_rate", "hop_ms", "step")]
+    assert numbers == [32000, 625, 3]
+    config = json.loads(by_clip["config"].item())
     assert config["log_mel"]["mean"] == -7
-    assert [config["bands"], config["pool"]] == ["concat", "clip"]
+    assert config["bands"] == "concat"
 
 
 @pytest.mark.parametrize("flags", ["--batch-size 1", "--batch-size 5 --workers 2"])
 def test_rows_depend_on_neither_batching_nor_workers(
-    checkpoint, recordings, tmp_path, by_time, flags
+    checkpoint, recordings, tmp_path, pooled, flags
 ):
-    out = tmp_path / "e.npz"
-    made = embeddings(checkpoint, recordings, out, "--pool", "time", *flags.split())
-    assert same_rows(made["embeddings"], by_time["embeddings"])
+    flags = ["--pool", "time", *flags.split()]
+    made = embeddings(checkpoint, recordings, tmp_path / "e.npz", *flags)
+    assert_close(made["embeddings"], pooled[1]["embeddings"])
 
 
-def test_the_rows_of_a_folder_are_those_of_the_encoder(encoder, recordings, by_time):
+def test_the_rows_of_a_folder_are_those_of_the_encoder(encoder, recordings, pooled):
     waveform, _ = soundfile.read(recordings / "3.wav", dtype="float32")  # 0.7 s at 32 kHz
-    rows = encoder(torch.from_numpy(waveform).unsqueeze(0))[0].numpy()
-    begin, end = by_time["offsets"][3:5]
-    assert same_rows(by_time["embeddings"][begin:end], rows)
+    rows = encoder(torch.from_numpy(waveform).unsqueeze(0))
+    begin, end = pooled[1]["offsets"][3:5]
+    assert_close(pooled[1]["embeddings"][begin:end], rows[0].numpy())
 
 
-def test_pooled_by_time_there_is_a_row_for_each_625_ms_that_a_recording_reaches_into(by_time):
-    rows = np.diff(by_time["offsets"])
-    assert rows.tolist() == [math.ceil(seconds / 0.625) for seconds in SECONDS]
-    assert by_time["offsets"][-1] == len(by_time["embeddings"])
-
-
-def test_rows_are_pooled_to_their_mean_by_the_sound_in_them(by_time, by_clip):
-    for n in range(6):
-        rows = by_time["embeddings"][by_time["offsets"][n] : by_time["offsets"][n + 1]]
-        weights = np.ones((len(rows), 1))
+def test_rows_are_pooled_to_their_mean_by_the_sound_in_them(pooled):
+    by_clip, by_time = pooled
+    recordings = np.split(by_time["embeddings"], by_time["offsets"][1:-1])
+    for n, rows in enumerate(recordings):
+        assert len(rows) == math.ceil(SECONDS[n] / 0.625)
+        weights = np.ones(len(rows))
         weights[-1] = SECONDS[n] / 0.625 - (len(rows) - 1)  # the share of the last that holds sound
-        mean = (weights * rows).sum(0) / weights.sum()
-        assert same_rows(by_clip["embeddings"][n], mean)
+        mean = np.average(rows, axis=0, weights=weights)
+        assert np.abs(by_clip["embeddings"][n] - mean).max() < 1e-5
 
 
-def test_bands_mean_is_the_mean_of_the_bands_of_concat(checkpoint, recordings, tmp_path, by_clip):
-    made = embeddings(checkpoint, recordings, tmp_path / "e.npz", "--bands", "mean")
-    assert same_rows(made["embeddings"], by_clip["embeddings"].reshape(6, 8, 64).mean(1))
-
-
-def test_a_recording_is_pooled_as_soon_as_it_is_done(encoder, recordings):
-    args = SimpleNamespace(batch_size=1, workers=0, skip_bad=False)
-    files = data.AudioFiles(recordings, 32000)
-    names = [files.name(i) for i, _, _, _ in extract.embed(encoder, files, args)]
-    assert names == [f"{n}.wav" for n in range(6)]
-    first = next(extract.embed(encoder, files, args))
-    assert first[1] == round(32000 * SECONDS[0])
-
-
-@pytest.fixture
-def with_bad(recordings, tmp_path):
-    """The recordings, and two that cannot be used."""
-    shutil.copytree(recordings, tmp_path / "all")
+def test_a_bad_recording_is_named_and_left_out_as_a_whole_with_skip_bad(
+    checkpoint, recordings, tmp_path, pooled, capsys
+):
+    folder = tmp_path / "all"
+    shutil.copytree(recordings, folder)
     sound = noise(31)
     sound[-100] = np.nan  # in the last of four excerpts
-    soundfile.write(tmp_path / "all" / "3b.wav", sound, 32000, subtype="FLOAT")
-    (tmp_path / "all" / "4b.wav").write_text("no sound")
-    return tmp_path / "all"
-
-
-def test_a_bad_recording_is_named_and_nothing_is_written(checkpoint, with_bad, tmp_path, capsys):
-    line = extract_error(capsys, checkpoint, with_bad, "--out", tmp_path / "e.npz")
-    assert "3b.wav: holds NaN" in line
-    assert list(tmp_path.iterdir()) == [with_bad]
-
-
-def test_skip_bad_leaves_out_all_excerpts_of_a_bad_recording(
-    checkpoint, with_bad, tmp_path, by_clip, capsys
-):
-    made = embeddings(checkpoint, with_bad, tmp_path / "e.npz", "--skip-bad")
-    assert np.array_equal(made["paths"], by_clip["paths"])
-    assert same_rows(made["embeddings"], by_clip["embeddings"])
-    names = [line.split(": ")[1] for line in capsys.readouterr().err.splitlines()]
-    assert names == ["3b.wav", "4b.wav"]
+    soundfile.write(folder / "3b.wav", sound, 32000, subtype="FLOAT")
+    flags = [checkpoint, folder, "--out", tmp_path / "e.npz"]
+    assert "3b.wav: holds NaN" in refusal(capsys, extract.main, flags)
+    assert list(tmp_path.iterdir()) == [folder]
+    made = embeddings(checkpoint, folder, tmp_path / "e.npz", "--skip-bad")
+    assert made["paths"].tolist() == pooled[0]["paths"].tolist()
+    assert_close(made["embeddings"], pooled[0]["embeddings"])
+    assert capsys.readouterr().err.startswith("left out: 3b.wav: holds NaN")
 
 
 # ---- Probes
@@ -1727,61 +1667,46 @@ def test_skip_bad_leaves_out_all_excerpts_of_a_bad_recording(
 
 def labelled(separation, clips=200, width=16):
     """Clips [clips, width] of four classes around a centre each -> them, labels, a fold."""
-    rng = np.random.default_rng(0)
-    labels = np.arange(clips) % 4
-    centres = separation * rng.standard_normal((4, width))
-    x = rng.standard_normal((clips, width)) + centres[labels]
+    labels = torch.arange(clips) % 4
+    centres = separation * torch.randn(4, width)
     fold = extract.Fold(*torch.arange(clips).split([clips - 80, 40, 40]))
-    return torch.from_numpy(x).float(), torch.from_numpy(labels), fold
+    return torch.randn(clips, width) + centres[labels], labels, fold
 
 
-def share_right(answers, labels, fold):
-    on_test, on_valid = answers
-    on_test = (on_test == labels[fold.test]).float().mean().item()
-    return on_test, (on_valid == labels[fold.valid]).float().mean().item()
-
-
-def test_knn_is_six_lines_of_numpy():
+def test_knn_is_what_the_readme_says():
     embeddings, labels, fold = labelled(0.5)
-    x = embeddings.double().numpy()
+    x = embeddings.double()
     x = (x - x[fold.train].mean(0)) / x[fold.train].std(0)
-    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    x = F.normalize(x)
     expected = []
     for clip in fold.test:
-        similarity = x[fold.train] @ x[clip]
-        nearest = np.argsort(-similarity)[:10]
-        votes = np.bincount(labels[fold.train][nearest], np.exp(similarity[nearest] / 0.07), 4)
-        expected.append(votes.argmax())
+        nearest = (x[fold.train] @ x[clip]).topk(10)
+        weights = torch.exp(nearest.values / 0.07)
+        votes = torch.bincount(labels[fold.train][nearest.indices], weights)
+        expected.append(votes.argmax().item())
     assert extract.knn(embeddings, labels, fold)[0].tolist() == expected
-    assert 0.25 < share_right(extract.knn(embeddings, labels, fold), labels, fold)[0] < 0.95
 
 
-@pytest.mark.parametrize("probe,other_rows", [(extract.linear, 0), (extract.attentive, 4)])
-def test_a_probe_finds_what_is_there_and_nothing_else(probe, other_rows):
-    x, labels, fold = labelled(1.0, clips=300, width=64)
-    features = x
-    if other_rows > 0:  # the one that counts can be told from them
-        of_noise = torch.randn(300, other_rows, 64)
-        features = torch.cat([of_noise, 3 * x.unsqueeze(1)], dim=1)
-        features = list(features)
-    assert min(share_right(probe(features, labels, fold), labels, fold)) >= 0.9
-    shuffled = labels[torch.randperm(300)]
-    assert max(share_right(probe(features, shuffled, fold), shuffled, fold)) < 0.5
+@pytest.mark.parametrize("probe", ["linear", "attentive"])
+def test_a_probe_finds_what_is_there_and_nothing_else(probe):
+    features, labels, fold = labelled(1.0, clips=300, width=64)
+    if probe == "attentive":  # among other rows, from which the one that counts can be told
+        alone = 3 * features.unsqueeze(1)
+        features = [torch.cat([torch.randn(i % 5, 64), row]) for i, row in enumerate(alone)]
+
+    def share_right(labels):
+        predictions = torch.cat(list(extract.PROBES[probe](features, labels, fold)))
+        held_out = torch.cat([fold.test, fold.valid])
+        return (predictions == labels[held_out]).float().mean()
+
+    assert share_right(labels) > 0.9
+    assert share_right(labels[torch.randperm(300)]) < 0.5
 
 
-def test_the_linear_probe_has_converged_and_is_the_same_each_time(monkeypatch):
-    x, labels, fold = labelled(0.4, width=100)
-    x = x + 10 * torch.randn(200, 1)  # an overall level, which hides the classes
-    first = extract.linear(x, labels, fold)
-    assert torch.equal(extract.linear(x, labels, fold)[0], first[0])
-    monkeypatch.setattr(extract, "ITERATIONS", 2 * extract.ITERATIONS)
-    assert torch.equal(extract.linear(x, labels, fold)[0], first[0])
-
-
-def test_the_fit_is_a_minimum_of_the_penalised_cross_entropy():
+def test_the_linear_probe_converges_to_the_minimum_of_the_penalised_cross_entropy():
     x, labels, fold = labelled(0.5)
-    x = x.double()
-    everything = torch.ones(1, len(x), dtype=torch.bool)
+    x = (x + 10 * torch.randn(200, 1)).double()  # an overall level, which hides the classes
+    everything = torch.ones(1, 200, dtype=torch.bool)
     weight, bias = extract.fit(x, labels, 4, 0.01, everything)
     weight.requires_grad_()
     bias.requires_grad_()
@@ -1791,256 +1716,176 @@ def test_the_fit_is_a_minimum_of_the_penalised_cross_entropy():
     assert bias.grad.abs().max() < 1e-4
 
 
-def test_one_long_clip_does_not_pad_the_others():
-    rows = [torch.randn(n, 4) for n in [3, 1200, 1, 2, 20]]
-    batches = extract.padded_batches(rows, torch.arange(5))
-    assert sorted(torch.cat([clips for clips, _, _ in batches]).tolist()) == [0, 1, 2, 3, 4]
-    assert sum(padded.numel() for _, padded, _ in batches) < 2 * 4 * 1226
-    for clips, padded, padding in batches:
-        for place, clip in enumerate(clips):
-            assert torch.equal(padded[place][~padding[place]], rows[clip])
-
-
 def write_task(folder, splits):
-    """Which of three pitches? Four clips a class in each split; the split "" is no folder."""
-    for split in splits:
-        for label, hertz in [("low", 200), ("mid", 1500), ("high", 6000)]:
-            (folder / split / label).mkdir(parents=True)
-            for n in range(4):
-                sound = tone(0.6, hertz=hertz * (1 + 0.01 * n)) + noise(0.6, seed=n) / 30
-                soundfile.write(folder / split / label / f"{n}.wav", sound, 32000)
+    """Which of three pitches? Four clips a class in each split; the split "." is no folder."""
+    for split, hertz in itertools.product(splits.split(), [200, 1500, 6000]):
+        label = folder / split / str(hertz)
+        label.mkdir(parents=True)
+        for n in range(4):
+            sound = tone(0.6, hertz=hertz * (1 + 0.01 * n)) + noise(0.6, seed=n) / 30
+            soundfile.write(label / f"{n}.wav", sound, 32000)
     return folder
 
 
-def probe(checkpoint, task, *flags, first=()):
+def probe(checkpoints, task, *flags):
     """A run of probes -> the JSON that it writes."""
     path = task.with_suffix(".json")
-    run_extract(*first, checkpoint, task, "--json", path, "--probe", *flags)
+    run_extract(*checkpoints, task, "--json", path, "--probe", *flags)
     return json.loads(path.read_text())
 
 
-PROBES = ["knn", "linear", "attentive"]
-
-
 def test_the_table_compares_an_encoder_with_what_it_has_to_beat(checkpoint, tmp_path, capsys):
-    task = write_task(tmp_path / "task", ["train", "test"])
-    table = probe(checkpoint, task, *PROBES)["accuracy"]
+    task = write_task(tmp_path / "task", "train test")
+    table = probe([checkpoint], task, "knn", "linear", "attentive")["accuracy"]
     assert list(table) == ["log-mel", "untrained", str(checkpoint)]
     printed = capsys.readouterr().out
-    for view, result in table.items():
-        assert list(result) == PROBES
-        assert view in printed
+    for result in table.values():
+        assert list(result) == ["knn", "linear", "attentive"]
         error = math.sqrt(result["knn"] * (1 - result["knn"]) / 12)
         assert f"knn {result['knn']:.3f} +- {error:.3f}" in printed
 
 
-def test_several_checkpoints_are_lines_of_one_table(checkpoint, tmp_path):
-    task = write_task(tmp_path / "task", ["train", "valid", "test"])
-    stored = torch.load(checkpoint, weights_only=True)
-    stored["target_encoder"] = stored["context_encoder"]
-    other = tmp_path / "other.pt"
-    torch.save(stored, other)
-    both = probe(checkpoint, task, "knn", first=[other])["accuracy"]
-    alone = probe(checkpoint, task, "knn")["accuracy"]
-    assert list(both) == ["log-mel", "untrained", str(other), str(checkpoint)]
-    assert both["log-mel"] == alone["log-mel"]
-    assert both[str(checkpoint)] == alone[str(checkpoint)]
-    assert list(alone["log-mel"]) == ["knn", "knn valid"]  # to choose by, not on the test split
-
-
-def test_each_checkpoint_hears_a_task_at_its_own_rate(checkpoint, tmp_path):
-    task = write_task(tmp_path / "task", ["train", "test"])
+def test_each_checkpoint_is_a_line_of_the_table_and_hears_at_its_own_rate(checkpoint, tmp_path):
+    task = write_task(tmp_path / "task", "train test")
     stored = torch.load(checkpoint, weights_only=True)
     stored["config"]["log_mel"]["sample_rate"] = 16000
-    torch.save(stored, tmp_path / "other.pt")
-    both = probe(checkpoint, task, "knn", first=[tmp_path / "other.pt"])["accuracy"]
-    alone = probe(tmp_path / "other.pt", task, "knn")["accuracy"]
-    assert both[str(tmp_path / "other.pt")] == alone[str(tmp_path / "other.pt")]
-    assert both[str(checkpoint)] == probe(checkpoint, task, "knn")["accuracy"][str(checkpoint)]
+    other = tmp_path / "other.pt"
+    torch.save(stored, other)
+    both = probe([other, checkpoint], task, "knn")["accuracy"]
+    for path in (checkpoint, other):
+        assert both[str(path)] == probe([path], task, "knn")["accuracy"][str(path)]
 
 
 @pytest.mark.parametrize(
-    "splits,expected",
+    "splits, expected",
     [
-        (["train", "test"], {"train": 12, "valid": 0, "test": 12, "folds": 1}),
-        (["train", "valid", "test"], {"train": 12, "valid": 12, "test": 12, "folds": 1}),
-        (["fold1", "fold2", "fold3"], {"train": 24, "valid": 0, "test": 36, "folds": 3}),
+        ("Train test", [12, 0, 12, 1]),
+        ("training validation eval", [12, 12, 12, 1]),
+        ("fold1 fold2 fold3", [24, 0, 36, 3]),
+        (".", [9, 0, 3, 1]),  # a fifth is tested
     ],
 )
 def test_the_json_tells_what_was_tested(checkpoint, tmp_path, splits, expected):
-    task = write_task(tmp_path / "task", splits)
-    assert probe(checkpoint, task, "knn").items() >= expected.items()
-
-
-def read_task(folders):
-    names = []
-    for folder in folders:
-        names += [os.path.join(folder, f"{n}.wav") for n in range(10)]
-    return extract.read_task("x", names)
-
-
-def parts(fold):
-    return [fold.train.tolist(), fold.valid.tolist(), fold.test.tolist()]
-
-
-def test_of_folders_by_label_a_fifth_is_tested():
-    labels, (fold,) = read_task("abc")
-    assert len(fold.test) == 6
-    assert labels[fold.test].tolist() == [0, 0, 1, 1, 2, 2]
-    assert sorted(fold.train.tolist() + fold.test.tolist()) == list(range(30))
+    found = probe([checkpoint], write_task(tmp_path / "task", splits), "knn")
+    assert [found[name] for name in ("train", "valid", "test", "folds")] == expected
 
 
 def test_folders_called_fold_are_tested_in_turn():
-    labels, folds = read_task(["fold1/a", "fold1/b", "fold2/b", "fold2/a"])
-    assert labels.tolist() == 10 * [0] + 20 * [1] + 10 * [0]
-    first, second = list(range(20)), list(range(20, 40))
-    assert [parts(fold) for fold in folds] == [[second, [], first], [first, [], second]]
-
-
-@pytest.mark.parametrize("names", ["Train Test", "training testing", "train.tar test.tar"])
-def test_splits_go_by_many_names(names):
-    first, second = names.split()
-    labels, (fold,) = read_task([f"{first}/a", f"{first}/b", f"{second}/a", f"{second}/b"])
-    assert parts(fold) == [list(range(20)), [], list(range(20, 40))]
-    assert labels.tolist() == 2 * (10 * [0] + 10 * [1])
+    labels, folds = extract.read_task("x", ["fold1/a/x", "fold1/b/x", "fold2/a/x", "fold2/b/x"])
+    assert labels.tolist() == [0, 1, 0, 1]
+    assert [fold.test.tolist() for fold in folds] == [[0, 1], [2, 3]]
+    assert [fold.train.tolist() for fold in folds] == [[2, 3], [0, 1]]
 
 
 @pytest.mark.parametrize(
     "folders",
     [
-        ["a", "b", ""],  # some without a label
-        ["a"],  # one class
-        ["train/a", "test/a"],
-        ["train", "test"],
-        ["train/a", "train/b"],
-        ["train/a", "train/b", "test/a", "test/b", "others/a"],
-        ["fold1/a", "fold1/b"],  # one fold
+        "a b .",  # some without a label
+        "a",  # one class
+        "train/a test/a",
+        "train test",
+        "train/a train/b",
+        "train/a train/b test/a test/b others/a",
+        "fold1/a fold1/b",  # one fold
     ],
 )
 def test_folders_that_are_no_task_are_refused(folders):
+    names = [os.path.normpath(f"{folder}/x.wav") for folder in folders.split()]
     with pytest.raises(ValueError, match="LABEL"):
-        read_task(folders)
+        extract.read_task("x", 10 * names)
 
 
 # ---- Checkpoints: ours, the authors', and none
 
 
-def authors_file(checkpoint, path, others):
-    """A stand-in for the authors' checkpoint: our weights in their form, and other objects."""
-    ours = torch.load(checkpoint, weights_only=True)
-    theirs = {"predictor.mask_token": torch.zeros(1, 1, 8)}
-    for network, prefix in [("target", "target_encoder."), ("context", "encoder._orig_mod.")]:
-        for name, tensor in ours[f"{network}_encoder"].items():
-            if name == "patch_embed.weight":
-                tensor = tensor.view(-1, 1, 16, 16)  # of a convolution
-            if name == "pos_embed":
-                tensor = tensor.unsqueeze(0)
-            name = name.replace("patch_embed", "patch_embed.proj")
-            name = name.replace("attn.qkv", "attn.Wqkv").replace("attn.proj", "attn.out_proj")
-            theirs[prefix + name] = tensor
-    torch.save({"state_dict": theirs, "global_step": 100000, "hyper_parameters": others}, path)
-    return path
-
-
 def test_the_authors_checkpoint_gives_the_same_embeddings(checkpoint, tmp_path):
+    theirs = {"predictor.mask_token": torch.zeros(1, 1, 8)}
+    for name, tensor in torch.load(checkpoint, weights_only=True)["target_encoder"].items():
+        if name == "patch_embed.weight":
+            tensor = tensor.view(-1, 1, 16, 16)  # of a convolution
+        if name == "pos_embed":
+            tensor = tensor.unsqueeze(0)
+        name = name.replace("patch_embed", "patch_embed.proj")
+        name = name.replace("attn.qkv", "attn.Wqkv").replace("attn.proj", "attn.out_proj")
+        theirs[f"encoder._orig_mod.{name}"] = torch.zeros_like(tensor)
+        theirs[f"target_encoder.{name}"] = tensor
+    stored = {"state_dict": theirs, "global_step": 100000, "hyper_parameters": SMALL}
+    torch.save(stored, tmp_path / "authors.ckpt")
+    theirs = extract.load_encoder(tmp_path / "authors.ckpt")
+    assert theirs.step == 100000
     ours = extract.load_encoder(checkpoint)
     ours.log_mel = extract.AuthorsLogMel()  # only the names of the weights are left to differ
-    others = [functools.partial(print), JEPAConfig()]  # objects, as Lightning stores them
-    path = authors_file(checkpoint, tmp_path / "a.ckpt", others)
-    theirs = extract.load_encoder(path)
     waveform = torch.randn(1, 96000)
-    assert theirs.step == 100000
     assert torch.equal(theirs(waveform), ours(waveform))
 
 
 def test_the_authors_front_end_is_kaldis_without_edges():
-    waveform = torch.from_numpy(noise(10) + tone(10)).unsqueeze(0)
-    frames = kaldi.fbank(
-        waveform / waveform.abs().max(),
-        sample_frequency=32000,
-        num_mel_bins=128,
-        frame_shift=1243 / 32,
-        frame_length=3108 / 32,
-        dither=0.0,
-        window_type="hanning",
-        low_freq=20,
-    )
-    ours = extract.AuthorsLogMel()(waveform)
+    waveform = torch.from_numpy(noise(10) + tone(10))
+    expected = kaldi_fbank(waveform / waveform.abs().max(), 32000, 128, 1243, 3108, True)
+    ours = extract.AuthorsLogMel()(waveform.unsqueeze(0))
     assert ours.shape == (1, 1, 256, 128)
-    assert (ours[0, 0, :255] - frames).abs().max() < 1e-3
+    assert (ours[0, 0, :255] - expected).abs().max() < 1e-3
     assert not ours[0, 0, 255].any()
+
+
+class Hostile:
+    """An object whose loading would create a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
 
 
 @pytest.mark.parametrize("place", ["step", "state_dict"])  # in a file of ours, of the authors'
 def test_a_hostile_checkpoint_is_refused_and_not_executed(checkpoint, tmp_path, capsys, place):
     stored = torch.load(checkpoint, weights_only=True)
     torch.save(stored | {place: Hostile(tmp_path / "executed")}, tmp_path / "a.pt")
-    line = extract_error(capsys, tmp_path / "a.pt", tmp_path, "--out", tmp_path / "e.npz")
+    flags = [tmp_path / "a.pt", tmp_path, "--out", tmp_path / "e.npz"]
+    line = refusal(capsys, extract.main, flags)
     assert "a.pt: not a checkpoint that can be read" in line
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize(
-    "flags,hint",
-    [
-        ("", "--out"),
-        ("--out x.npz --probe knn", "--out"),
-        ("--out x.npz --json y.json", "--json"),
-        ("--out nowhere/x.npz", "nowhere/x.npz"),
-        ("--out /proc/x.npz", "/proc/x.npz"),  # where nobody may write: said before the work
-        ("--out=", "a file in a folder"),
-        ("more.pt --out x.npz", "one checkpoint"),
-        ("--probe knn --pool time", "--pool"),
-    ],
-)
-def test_what_is_wrong_with_the_flags_of_extract_is_said(capsys, flags, hint):
-    assert hint in extract_error(capsys, "last.pt", ".", *flags.split())
+EXTRACT_REFUSES = """
+last.pt .                             --out
+last.pt . --out x.npz --probe knn     --out
+last.pt . --out x.npz --json y.json   --json
+last.pt . --out nowhere/x.npz         nowhere/x.npz
+last.pt . --out /proc/x.npz           /proc/x.npz
+last.pt . --out=                      a file in a folder
+last.pt more.pt . --out x.npz         one checkpoint
+last.pt . --probe knn --pool time     --pool
+last.pt . --probe knn                 last.pt: not a checkpoint
+"""
 
 
-# ---- The weights in this repository
-
-
-def simple_sound(kind, rng):
-    """A second of noise, whole or in pulses, or of a tone that rises, falls or stays."""
-    t = np.arange(32000) / 32000
-    hertz = 200 * 2 ** rng.uniform(0, 4)
-    noise = rng.standard_normal(32000)
-    if kind == "noise":
-        sound = noise
-    if kind == "slow pulses":
-        sound = np.where(np.sin(2 * np.pi * 4 * t) > 0, noise, 0)
-    if kind == "fast pulses":
-        sound = np.where(np.sin(2 * np.pi * 12 * t) > 0, noise, 0)
-    if kind == "rising":
-        sound = np.sin(2 * np.pi * hertz * (t + t**2))
-    if kind == "falling":
-        sound = np.sin(2 * np.pi * hertz * (3 * t - t**2))
-    if kind == "steady":
-        sound = np.sin(2 * np.pi * hertz * 2 * t)
-    loud = 10 ** rng.uniform(-2, -0.5)
-    return (loud * sound + 0.001 * noise).astype(np.float32)
-
-
-def test_the_weights_of_the_repository_tell_simple_sounds_apart():
-    rng = np.random.default_rng(0)
-    kinds = ["noise", "slow pulses", "fast pulses", "rising", "falling", "steady"]
-    labels = torch.arange(6).repeat(20)
-    waveforms = np.stack([simple_sound(kinds[label], rng) for label in labels])
-    clips = torch.arange(120)
-    fold = extract.Fold(train=clips[:60], valid=clips[:0], test=clips[60:])
-    trained = extract.load_encoder(HERE / ".github" / "audio-jepa-tiny.pt")
-    accuracy = []
-    for encoder in (trained, extract.untrained(trained)):
-        with torch.no_grad():
-            embeddings = encoder(torch.from_numpy(waveforms)).mean(1)
-        on_test, _ = extract.knn(embeddings, labels, fold)
-        accuracy.append((on_test == labels[fold.test]).double().mean().item())
-    assert accuracy[0] > 0.7
-    assert accuracy[0] > accuracy[1] + 0.05
+@pytest.mark.parametrize("row", EXTRACT_REFUSES.strip().splitlines())
+def test_extract_py_says_in_one_line_what_is_wrong(capsys, row):
+    flags, hint = re.split("   *", row)
+    assert hint in refusal(capsys, extract.main, flags.split())
 
 
 # ================================================================================================
 # The project
+
+
+def test_the_weights_of_the_repository_tell_rising_from_falling_tones():
+    labels = torch.arange(3).repeat(60)  # falling, steady, rising
+    t = torch.arange(32000) / 32000
+    phase = t + (labels.unsqueeze(1) - 1) / 2 * (t**2 - t)
+    hertz = 400 * 2 ** (4 * torch.rand(180, 1))
+    waveforms = 0.1 * torch.sin(2 * math.pi * hertz * phase) + 0.001 * torch.randn(180, 32000)
+    fold = extract.Fold(*torch.arange(180).split([90, 0, 90]))
+    trained = extract.load_encoder(SMALL_WEIGHTS)
+    accuracy = []
+    for encoder in (trained, extract.untrained(trained)):
+        embeddings = encoder(waveforms).mean(1).detach()
+        on_test, _ = extract.linear(embeddings, labels, fold)
+        accuracy.append((on_test == labels[fold.test]).double().mean())
+    assert accuracy[0] > 0.9
+    assert accuracy[0] > accuracy[1] + 0.1
 
 
 @pytest.mark.parametrize("name", ["model", "masking", "data"])
@@ -2049,23 +1894,30 @@ def test_a_file_that_is_copied_alone_imports(tmp_path, name):
     run_python("-c", f"import {name}", cwd=tmp_path)
 
 
-README = (HERE / "README.md").read_text()
-NOTES = (HERE / ".github" / "notes.md").read_text()
+README = (HERE / "README.md").read_text() + (HERE / ".github" / "notes.md").read_text()
 
 
 def readme_block(mark):
     """The first code block of the README or the notes below a mark."""
-    below = (README + NOTES).split(f"<!-- {mark} -->")[1]
+    below = README.split(f"<!-- {mark} -->")[1]
     return re.search(r"```\w*\n(.*?)```", below, re.S)[1]
 
 
-def test_the_paper_in_20_lines_runs_with_two_copied_files(tmp_path):
+def first_and_last_loss(*command, cwd=HERE):
+    lines = run_python(*command, cwd=cwd).stdout.splitlines()
+    return [float(line.split()[-1]) for line in (lines[0], lines[-1])]
+
+
+def test_the_paper_in_20_lines_learns_with_two_copied_files(tmp_path):
     shutil.copy(HERE / "model.py", tmp_path)
     shutil.copy(HERE / "masking.py", tmp_path)
-    (tmp_path / "toy.py").write_text(readme_block("toy"))
-    done = run_python("toy.py", cwd=tmp_path)
-    losses = [float(line.split()[-1]) for line in done.stdout.splitlines()]
-    assert losses[-1] < 0.5 * losses[0]
+    first, last = first_and_last_loss("-c", readme_block("toy"), cwd=tmp_path)
+    assert last < 0.5 * first
+
+
+def test_the_fine_tuning_of_the_readme_learns():
+    first, last = first_and_last_loss("-c", readme_block("finetune"))
+    assert last < 0.5 * first
 
 
 def test_the_stripes_of_the_readme_are_columns():
@@ -2075,62 +1927,41 @@ def test_the_stripes_of_the_readme_are_columns():
     assert torch.equal(masked, masked[:, :, :1].expand(-1, -1, 8))
 
 
-def test_the_fine_tuning_of_the_readme_learns():
-    done = run_python("-c", readme_block("finetune"))
-    losses = [float(line.split()[-1]) for line in done.stdout.splitlines()]
-    assert losses[-1] < 0.5 * losses[0]
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    """ESC-50 and Speech Commands as they are published, a few sounds each, and then the README."""
-    folder = tmp_path_factory.mktemp("published")
-    names = [
-        f"ESC-50-master/audio/{fold}-9{fold}-A-{c}.wav" for fold in range(1, 6) for c in (0, 36)
-    ]
+def test_data_sets_as_they_are_published_become_tasks(checkpoint, tmp_path):
+    names = [f"ESC-50-master/audio/{n % 5 + 1}-{n}-A-{n % 2}.wav" for n in range(10)]
     for word in ("yes", "no", "_background_noise_"):
         names += [f"speech_commands_v0.02/{word}/{n}_nohash_0.wav" for n in range(4)]
     for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(folder / name, noise(0.1), 16000)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(tmp_path / name, noise(0.1), 16000)
     for split, n in [("validation", 1), ("testing", 2)]:
-        lines = f"yes/{n}_nohash_0.wav\nno/{n}_nohash_0.wav\n"
-        (folder / "speech_commands_v0.02" / f"{split}_list.txt").write_text(lines)
-    subprocess.run(["bash", "-ec", readme_block("published")], cwd=folder, check=True)
-    return folder
-
-
-def test_esc_50_as_it_is_published_becomes_five_folds(checkpoint, published):
-    found = probe(checkpoint, published / "esc50", "knn")
-    assert [found["folds"], found["classes"], found["train"], found["test"]] == [5, 2, 8, 10]
-
-
-def test_speech_commands_as_published_gets_its_three_splits(checkpoint, published):
-    found = probe(checkpoint, published / "commands", "knn")
-    counts = [found[split] for split in ("train", "valid", "test")]
-    assert [*counts, found["classes"]] == [4, 2, 2, 2]
+        path = tmp_path / "speech_commands_v0.02" / f"{split}_list.txt"
+        path.write_text(f"yes/{n}_nohash_0.wav\nno/{n}_nohash_0.wav\n")
+    subprocess.run(["bash", "-ec", readme_block("published")], cwd=tmp_path, check=True)
+    for task, expected in [("esc50", [5, 2, 8, 0, 10]), ("commands", [1, 2, 4, 2, 2])]:
+        found = probe([checkpoint], tmp_path / task, "knn")
+        counts = [found[name] for name in ("folds", "classes", "train", "valid", "test")]
+        assert counts == expected
 
 
 def test_the_demonstrations_run(tmp_path):
-    assert "85.35 M" in run_python("model.py").stdout
+    assert run_python("masking.py").stdout.count("#") > 2 * 51
     out = tmp_path / "out"
     printed = run_python(".github/benchmark.py", *TINY, "--out", out).stdout
     for word in ("0.5 GFLOP", "reading", "log-mel", "step alone", "all together", "%", "GiB"):
         assert word in printed
     assert not out.exists()
-    drawn = run_python("masking.py").stdout
-    assert drawn.count("#") > 2 * 51
 
 
 def test_every_flag_in_the_readme_exists():
     scripts = ("train.py", "data.py", "extract.py")
     help_texts = [run_python(script, "--help").stdout for script in scripts]
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README + NOTES))
-    of_others = {"--nproc", "--standalone", "--max-jobs", "--max-restarts", "--shm-size"}
-    of_others |= {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task"}
-    of_others |= {"--signal", "--requeue", "--nnodes", "--rdzv"}
-    missing = [flag for flag in named - of_others if flag not in "".join(help_texts)]
-    assert missing == []
+    of_others = (
+        "--nproc --standalone --max-jobs --max-restarts --shm-size --nodes --ntasks-per-node "
+        "--gpus-per-node --cpus-per-task --signal --requeue --nnodes --rdzv"
+    )
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - set(of_others.split())
+    assert [flag for flag in named if flag not in "".join(help_texts)] == []
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
