@@ -6,36 +6,31 @@
 model.py    sizes, positions, initialisation, what each network sees, the loss, where gradients go
 masking.py  random and block masks, their reproducibility, the EMA and its schedule
 data.py     log-mel against Kaldi, every kind of input, clips, excerpts, filling up, packing
-train.py    a step by hand; monitors; one process = several = accumulation = resume; faults
+train.py    a step by hand; monitors; however it is split or interrupted, the same run; faults
 extract.py  embeddings whatever the batching, probes, X-ARES, fine-tuning, the authors' checkpoint
 """
 
 import copy
-import csv
 import dataclasses
-import functools
+import itertools
 import json
 import math
 import os
-import random
 import re
-import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
-import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 import torch.nn.functional as F
+from torch.testing import assert_close
 from torch.utils.data import DataLoader, Subset
 from torchaudio.compliance import kaldi
 
@@ -47,6 +42,7 @@ import train
 from model import JEPA, PRESETS, JEPAConfig, Predictor, VisionTransformer
 
 HERE = Path(__file__).parent
+SMALL_WEIGHTS = HERE / ".github" / "audio-jepa-tiny.pt"
 SMALL = JEPAConfig(
     time_bins=64,
     mel_bins=48,
@@ -70,12 +66,8 @@ def same_start():
     torch.manual_seed(0)
 
 
-def generator():
-    return torch.Generator().manual_seed(0)
-
-
 def a_mask():
-    return masking.random_mask(2, SMALL.grid, 5, generator())
+    return masking.random_mask(2, SMALL.grid, 5, torch.Generator())
 
 
 def a_spectrogram():
@@ -88,75 +80,99 @@ def tone(seconds=1.0, rate=32000, hertz=440.0):
 
 
 def noise(seconds=1.0, rate=32000, seed=0):
-    samples = np.random.default_rng(seed).standard_normal(int(seconds * rate))
-    return (0.1 * samples).astype(np.float32)
+    rng = np.random.default_rng(seed)
+    return 0.1 * rng.standard_normal(int(seconds * rate), np.float32)
 
 
 def corpus(folder, clips=12, seconds=2.0):
     """A folder of wav files that sound different."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True)
     for i in range(clips):
         sound = tone(seconds, hertz=200 + 70 * i) + noise(seconds, seed=i) / 4
         soundfile.write(folder / f"{i:03d}.wav", sound, 32000)
     return folder
 
 
-def packed(folder, frames, starts=(0,), length=None):
-    """A packed folder, made by hand: recordings that begin at these frames of [T, F]."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "all.f16").write_bytes(frames.astype(np.float16).tobytes())
-    entries = []
-    for n, start in enumerate(starts):
-        entries.append(f"{n}.wav\0all.f16\0{start}\0{length or len(frames)}".encode())
-    np.save(folder / "index.npy", np.array(entries))
-    (folder / "pack.json").write_text('{"sample_rate": 32000}')
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory):
+    """As long as a clip of the smallest run; one of them cannot be used."""
+    folder = corpus(tmp_path_factory.mktemp("sounds") / "c", 20, seconds=1.25)
+    (folder / "bad.wav").write_text("no audio")
     return folder
 
 
-def run_python(*command, code=0, cwd=HERE, env=None, preexec_fn=None):
+@pytest.fixture(scope="module")
+def packed(sounds, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packed")
+    data.pack(data.AudioFiles(sounds, 32000), folder)
+    return folder
+
+
+def run_python(*command, code=0, cwd=HERE):
     """Run a program that ends with this exit code -> what it has printed, and its errors."""
     done = subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=cwd,
         capture_output=True,
         text=True,
-        env=os.environ | (env or {}),
         timeout=240,
-        preexec_fn=preexec_fn,
     )
     assert done.returncode == code, done.stderr
     return done
 
 
+@pytest.fixture
+def launch():
+    """Starts a program that the test will interrupt."""
+    started = []
+
+    def start(*command):
+        process = subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            cwd=HERE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()  # or a failing test would leave it running
+
+
 def children(process):
     """The processes that this one has started, by number."""
-    listed = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
-    return [int(number) for number in listed.stdout.split()]
+    listed = subprocess.check_output(["pgrep", "-P", str(process.pid)])
+    return [int(number) for number in listed.split()]
 
 
-class Program(subprocess.Popen):
-    def __exit__(self, error, *rest):
-        if error is not None:
-            self.kill()  # or a failing test would wait for its end
-        super().__exit__(error, *rest)
+def wait_for_step(out, step):
+    """Wait until a run has logged a step."""
+    log = out / "log.csv"
+    for _ in range(12000):
+        if log.exists() and f"\n{step}," in log.read_text():
+            return
+        time.sleep(0.01)
+    raise TimeoutError(f"no step {step} in {out}")
 
 
-def start(*command, env=None):
-    """Start a program that the test will interrupt."""
-    return Program(
-        [sys.executable, *map(str, command)],
-        cwd=HERE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | (env or {}),
-    )
+def refusal(capsys, main, flags, code=2):
+    """The one line that a program says before it exits with this code."""
+    with pytest.raises(SystemExit) as stopped:
+        main([str(flag) for flag in flags])
+    assert stopped.value.code == code
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
 
 
 # The smallest run there is: clips of 2 x 8 patches, 20 steps.
-TINY = "--model tiny --clip-seconds 1.25 --batch-size 8 --steps 20 --warmup 5 --amp off".split()
-TINY += "--log-every 1 --workers 0".split()
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+TINY = (
+    "--model tiny --clip-seconds 1.25 --batch-size 8 --steps 20 --warmup 5 --amp off "
+    "--log-every 1 --workers 0"
+).split()
+TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
 
 
 def pretrain(out, *flags):
@@ -166,78 +182,21 @@ def pretrain(out, *flags):
 
 
 def read_run(out):
-    checkpoint = torch.load(out / "last.pt", weights_only=True)
-    with open(out / "log.csv", newline="") as file:
-        return checkpoint, list(csv.DictReader(file))
-
-
-def column(log, name):
-    return [float(line[name]) for line in log]
-
-
-NETWORKS = ("context_encoder", "target_encoder", "predictor")
-
-
-def same_weights(one, other, tolerance=0.0):
-    for network in NETWORKS:
-        for name, tensor in one[network].items():
-            if not torch.allclose(tensor, other[network][name], rtol=0, atol=tolerance):
-                return False
-    return True
-
-
-def error_line(capsys, *flags, code=2):
-    """The last line that train.py says before it exits with this code."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        train.main(list(map(str, flags)))
-    assert stopped.value.code == code
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1
-    return lines[0]
-
-
-def wait_for_step(out, step, timeout=120):
-    """Wait until a run has logged a step."""
-    ends = time.monotonic() + timeout
-    while time.monotonic() < ends:
-        if (out / "log.csv").exists():
-            last = (out / "log.csv").read_text().rstrip("\n").split("\n")[-1].split(",")[0]
-            if last.isdigit() and int(last) >= step:
-                return
-        time.sleep(0.01)
-    raise TimeoutError(f"no step {step} in {out}")
-
-
-def interrupted(out, step, *flags):
-    """A run in this process that gets SIGTERM when it has logged a step -> like pretrain."""
-
-    def interrupt():
-        wait_for_step(out, step)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    run = pretrain(out, *flags)
-    thread.join()
-    assert run[0]["step"] < 20
-    return run
+    log = np.genfromtxt(out / "log.csv", delimiter=",", names=True)
+    return torch.load(out / "last.pt", weights_only=True), log
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    """An uninterrupted run of one process on synthetic clips."""
-    return pretrain(tmp_path_factory.mktemp("reference"))
+def whole_run(sounds, tmp_path_factory):
+    """The folder of a run of one process that nothing has interrupted."""
+    out = tmp_path_factory.mktemp("whole")
+    pretrain(out, "--data", sounds, "--save-every", 8)
+    return out
 
 
-class Hostile:
-    """An object whose loading would create a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
+def assert_same_weights(one, other, tolerance=0.0):
+    for network in ("context_encoder", "target_encoder", "predictor"):
+        assert_close(one[network], other[network], rtol=0, atol=tolerance)
 
 
 # ================================================================================================
@@ -246,9 +205,57 @@ class Hostile:
 
 def test_the_defaults_have_the_papers_size():
     assert JEPAConfig().grid == (16, 8)
-    with torch.device("meta"):
-        assert round(model.count_millions(VisionTransformer(JEPAConfig())), 2) == 85.35
-        assert round(model.count_millions(Predictor(JEPAConfig())), 2) == 11.29
+    assert re.search(r"base +85\.35 M +11\.29 M +96\.64 M", run_python("model.py").stdout)
+
+
+@pytest.mark.parametrize("name", ["time_bins", "mel_bins", "dim", "predictor_dim"])
+def test_sizes_that_do_not_divide_are_refused_at_construction(name):
+    with pytest.raises(ValueError, match=f"^{name} = 100"):
+        JEPAConfig(heads=8, predictor_heads=8, **{name: 100})
+
+
+def test_attention_is_the_fused_one():
+    attention = model.Attention(32, 2)
+    x = torch.randn(2, 7, 32)
+    q, k, v = attention.qkv(x).view(2, 7, 3, 2, 16).permute(2, 0, 3, 1, 4)
+    fused = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    assert_close(attention(x), attention.proj(fused))
+
+
+def test_weights_start_with_the_std_that_is_claimed():
+    for network in (VisionTransformer(PRESETS["tiny"]), Predictor(PRESETS["base"])):
+        for i, block in enumerate(network.blocks, start=1):
+            for layer in (block.attn.qkv, block.mlp.fc1):
+                assert layer.weight.std().item() == pytest.approx(0.02, rel=0.05)
+            for layer in (block.attn.proj, block.mlp.fc2):
+                std = math.sqrt(2 * i) * layer.weight.std().item()
+                assert std == pytest.approx(0.02, rel=0.05)
+                assert not layer.bias.any()
+
+
+def test_autocast_does_not_round_the_residual_stream():
+    encoder = VisionTransformer(SMALL)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert encoder(a_spectrogram()).dtype == torch.float32
+
+
+def test_a_token_is_one_patch_in_time_major_order():
+    t = torch.arange(64.0).view(1, 1, 64, 1) // 8
+    f = torch.arange(48.0) // 24
+    encoder = VisionTransformer(dataclasses.replace(SMALL, patch_size=(8, 24)))
+    patches = encoder.patchify(2 * t + f)
+    assert torch.equal(patches, torch.arange(16.0).view(1, 16, 1).expand(1, 16, 8 * 24))
+
+
+def test_the_context_encoder_sees_the_visible_patches_alone():
+    encoder = VisionTransformer(SMALL)
+    spectrogram = a_spectrogram().requires_grad_()
+    context_idx, target_idx = a_mask()
+    tokens = encoder(spectrogram, context_idx)
+    (tokens * torch.randn_like(tokens)).sum().backward()
+    seen = encoder.patchify(spectrogram.grad).any(2)
+    assert seen.gather(1, context_idx).all()
+    assert not seen.gather(1, target_idx).any()
 
 
 def test_the_position_table_is_the_formula():
@@ -256,41 +263,9 @@ def test_the_position_table_is_the_formula():
     k = 5
     frequency = 10000 ** -(k / 8)
     expected = []
-    for index in (2, 3):
+    for index in (2, 3):  # mel, then time
         expected += [math.sin(index * frequency), math.cos(index * frequency)]
-    assert torch.allclose(token[[k, 8 + k, 16 + k, 24 + k]], torch.tensor(expected))
-
-
-@pytest.mark.parametrize("time, mel", [(16, 16), (8, 48)])
-def test_a_token_is_one_patch_in_time_major_order(time, mel):
-    t = torch.arange(64.0).view(1, 1, 64, 1) // time
-    f = torch.arange(48.0) // mel
-    config = dataclasses.replace(SMALL, patch_size=(time, mel))
-    patches = VisionTransformer(config).patchify(t * (48 // mel) + f)
-    count = math.prod(config.grid)
-    assert torch.equal(patches, torch.arange(count).view(1, -1, 1).expand(1, count, time * mel))
-
-
-def test_the_context_encoder_sees_only_visible_patches():
-    encoder = VisionTransformer(SMALL)
-    spectrogram = a_spectrogram()
-    context_idx, target_idx = a_mask()
-    changed = spectrogram.clone()
-    for b in range(2):
-        for patch in target_idx[b].tolist():
-            t = patch // 3 * 16
-            f = patch % 3 * 16
-            changed[b, 0, t : t + 16, f : f + 16] += 1
-    assert torch.equal(encoder(spectrogram, context_idx), encoder(changed, context_idx))
-    assert not torch.allclose(encoder(spectrogram), encoder(changed))
-
-
-def test_attention_is_the_fused_one():
-    attention = model.Attention(32, 2)
-    x = torch.randn(2, 7, 32)
-    q, k, v = attention.qkv(x).view(2, 7, 3, 2, 16).permute(2, 0, 3, 1, 4)
-    fused = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 7, 32)
-    assert torch.allclose(attention(x), attention.proj(fused), atol=1e-5)
+    assert_close(token[[k, 8 + k, 16 + k, 24 + k]], torch.tensor(expected))
 
 
 def sharp(network):
@@ -311,34 +286,15 @@ def test_a_prediction_changes_with_the_position_it_is_asked_for(positions):
         assert (at_7 - elsewhere).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("time, mel", [(1, 0), (0, 1)])
 @pytest.mark.parametrize("positions", ["sincos", "rotary"])
-def test_rotary_positions_alone_depend_on_distances_only(positions, time, mel):
+def test_rotary_positions_alone_depend_on_distances_only(positions):
     encoder = sharp(VisionTransformer(dataclasses.replace(SMALL, positions=positions)))
     spectrogram = a_spectrogram()
     context_idx = torch.tensor([[0, 1, 4, 6], [0, 3, 7, 4]])  # of 4 x 3 patches, none at the end
-    moved = spectrogram.roll((16 * time, 16 * mel), dims=(2, 3))
-    moved_idx = context_idx + 3 * time + mel
+    moved = spectrogram.roll((16, 16), (2, 3))
+    moved_idx = context_idx + 3 + 1
     same = torch.allclose(encoder(spectrogram, context_idx), encoder(moved, moved_idx), atol=1e-4)
     assert same == (positions == "rotary")
-
-
-@pytest.mark.parametrize("positions", ["sincos", "rotary"])
-def test_autocast_does_not_round_the_residual_stream(positions):
-    encoder = VisionTransformer(dataclasses.replace(SMALL, positions=positions))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert encoder(a_spectrogram()).dtype == torch.float32
-        assert encoder(a_spectrogram(), a_mask()[0]).dtype == torch.float32
-
-
-def test_weights_start_with_the_std_that_is_claimed():
-    for network in (VisionTransformer(PRESETS["tiny"]), Predictor(PRESETS["base"])):
-        for i, block in enumerate(network.blocks, start=1):
-            for layer in (block.attn.qkv, block.mlp.fc1):
-                assert layer.weight.std().item() == pytest.approx(0.02, rel=0.05)
-            for layer in (block.attn.proj, block.mlp.fc2):
-                assert layer.weight.std().item() == pytest.approx(0.02 / (2 * i) ** 0.5, rel=0.05)
-                assert not layer.bias.any()
 
 
 def test_the_loss_is_equation_2_on_normalised_targets():
@@ -348,33 +304,18 @@ def test_the_loss_is_equation_2_on_normalised_targets():
     context_idx, target_idx = a_mask()
     context = jepa.context_encoder(spectrogram, context_idx)
     predictions = jepa.predictor(context, context_idx, target_idx)
+    normalised = F.layer_norm(targets, [32])
     total = 0.0
     for b in range(2):
         for j, patch in enumerate(target_idx[b]):
-            target = targets[b, patch]
-            target = (target - target.mean()) / (target.var(correction=0) + 1e-5).sqrt()
-            total += (predictions[b, j] - target).square().sum()
-    loss = jepa(spectrogram, context_idx, target_idx, targets)
-    assert torch.allclose(loss, total / (2 * 5), rtol=1e-5)
+            total += (predictions[b, j] - normalised[b, patch]).square().sum()
+    assert_close(jepa(spectrogram, context_idx, target_idx, targets), total / (2 * 5))
 
 
-def test_targets_over_a_clip_hold_nothing_that_all_its_tokens_share():
-    targets = torch.randn(3, 12, 32)
-    of_the_clip = 5 * torch.randn(3, 1, 32)
-    normalised = model.normalise_targets(targets + of_the_clip, "clip")
-    assert torch.allclose(normalised, model.normalise_targets(targets, "clip"), atol=1e-4)
-    assert torch.allclose(normalised.mean(1), torch.zeros(3, 32), atol=1e-5)
-    assert torch.allclose(normalised.std(1, correction=0), torch.ones(3, 32), atol=1e-3)
-
-
-@pytest.mark.parametrize("loss", model.LOSSES)
-def test_the_scale_of_the_targets_cannot_lower_the_loss(loss):
-    jepa = JEPA(SMALL, loss)
-    spectrogram = a_spectrogram()
-    targets = torch.randn(2, 12, 32)
-    before = jepa(spectrogram, *a_mask(), targets)
-    shrunk = jepa(spectrogram, *a_mask(), targets * 0.1)
-    assert torch.allclose(before, shrunk, rtol=1e-2)
+def test_targets_over_a_clip_are_normalised_over_its_tokens():
+    targets = 5 * torch.randn(3, 12, 32) + torch.randn(3, 1, 32)
+    expected = F.layer_norm(targets.mT, [12]).mT
+    assert_close(model.normalise_targets(targets, "clip"), expected)
 
 
 def test_gradients_reach_every_trained_weight_and_stop_before_the_targets():
@@ -386,12 +327,6 @@ def test_gradients_reach_every_trained_weight_and_stop_before_the_targets():
     assert all(parameter.grad is None for parameter in target_encoder.parameters())
 
 
-@pytest.mark.parametrize("name", ["time_bins", "mel_bins", "dim", "predictor_dim"])
-def test_sizes_that_do_not_divide_are_refused_at_construction(name):
-    with pytest.raises(ValueError, match=f"^{name} = 100"):
-        JEPAConfig(heads=8, predictor_heads=8, **{name: 100})
-
-
 # ================================================================================================
 # masking.py
 
@@ -399,23 +334,23 @@ BOTH_MASKS = pytest.mark.parametrize("mask", masking.MASKS.values(), ids=masking
 
 
 @BOTH_MASKS
-@pytest.mark.parametrize("grid, num_masked", [((16, 8), 60), ((1, 8), 1), ((1, 8), 7)])
+@pytest.mark.parametrize("grid, num_masked", [((16, 8), 60), ((1, 8), 7)])
 def test_context_and_target_are_disjoint_and_complete(mask, grid, num_masked):
-    context_idx, target_idx = mask(7, grid, num_masked, generator())
+    context_idx, target_idx = mask(7, grid, num_masked, torch.Generator())
     assert target_idx.shape == (7, num_masked)
-    everything = torch.cat([context_idx, target_idx], dim=1).sort(1).values
+    everything = torch.cat([context_idx, target_idx], 1).sort(1).values
     assert torch.equal(everything, torch.arange(grid[0] * grid[1]).expand(7, -1))
 
 
 @BOTH_MASKS
 def test_every_clip_has_a_mask_of_its_own(mask):
-    _, target_idx = mask(64, (16, 8), 60, generator())
+    _, target_idx = mask(64, (16, 8), 60, torch.Generator())
     assert len(target_idx.unique(dim=0)) == 64
 
 
 def hidden_maps(mask, clips):
     """1 where a patch is hidden, 0 elsewhere: [clips, 16, 8], half of them hidden."""
-    _, target_idx = mask(clips, (16, 8), 64, generator())
+    _, target_idx = mask(clips, (16, 8), 64, torch.Generator())
     return torch.zeros(clips, 128).scatter_(1, target_idx, 1.0).view(clips, 16, 8)
 
 
@@ -428,24 +363,21 @@ def test_random_masks_hide_every_patch_equally_often():
 def test_block_masks_reach_the_edges_and_favour_no_corner():
     ratio = hidden_maps(masking.block_mask, 20000).mean(0)
     assert ratio.min() > 0.05  # few rectangles reach a corner
-    assert (ratio - ratio.flip(0)).abs().max() < 0.03
-    assert (ratio - ratio.flip(1)).abs().max() < 0.03
+    for axis in (0, 1):
+        assert (ratio - ratio.flip(axis)).abs().max() < 0.03
 
 
 def test_block_masks_are_made_of_blocks():
-    def equal_neighbours(mask):
-        hidden = hidden_maps(mask, 500)
-        return (hidden[:, 1:] == hidden[:, :-1]).float().mean()
-
-    assert equal_neighbours(masking.block_mask) > 0.8
-    assert equal_neighbours(masking.random_mask) < 0.6
+    hidden = hidden_maps(masking.block_mask, 500)
+    equal_neighbours = hidden[:, 1:] == hidden[:, :-1]
+    assert equal_neighbours.float().mean() > 0.8  # half of them in a random mask
 
 
 @BOTH_MASKS
 def test_masks_are_a_pure_function_of_seed_and_step(mask):
     def draw(seed, step):
-        torch.rand(3)  # the global generator does not matter
-        return masking.draw_masks(mask, seed, step, 8, (16, 8), (0.5, 0.5), "cpu")[1]
+        _, target_idx = masking.draw_masks(mask, seed, step, 8, (16, 8), (0.5, 0.5), "cpu")
+        return target_idx
 
     assert torch.equal(draw(1, 5), draw(1, 5))
     for seed, step in [(1, 6), (2, 5), (5, 1)]:
@@ -456,129 +388,75 @@ def test_the_masked_ratio_is_drawn_once_a_step_over_its_whole_range():
     counts = set()
     for step in range(1000):
         _, target_idx = masking.draw_masks(
-            masking.random_mask, 0, step, 2, (16, 8), (0.4, 0.6), "cpu"
+            masking.random_mask,
+            0,
+            step,
+            2,
+            (16, 8),
+            (0.4, 0.6),
+            "cpu",
         )
         counts.add(target_idx.shape[1])
     assert counts == set(range(51, 78))
 
 
-def test_no_mask_is_empty_and_none_is_all():
-    for num_masked in (0, 128):
-        with pytest.raises(ValueError, match="mask some of them, but not all"):
-            masking.random_mask(2, (16, 8), num_masked, generator())
-
-
 def test_ema_decay_is_byols_cosine():
     decays = [masking.ema_decay(step, 100) for step in (0, 50, 100, 101)]
-    assert decays == pytest.approx([0.996, 0.998, 1, 1], abs=1e-12)
-    assert masking.ema_decay(0, 100, base=0.9) == pytest.approx(0.9)
+    assert decays == pytest.approx([0.996, 0.998, 1, 1])
     assert masking.ema_decay(100, 100, end=0.999) == pytest.approx(0.999)
 
 
-def test_ema_equals_its_closed_form():
-    target = VisionTransformer(SMALL)
-    context = VisionTransformer(SMALL)
-    start = copy.deepcopy(target).state_dict()
-    for _ in range(10):
-        masking.update_ema(target, context, 0.9)
-    for name, tensor in target.state_dict().items():
-        expected = 0.9**10 * start[name] + (1 - 0.9**10) * context.state_dict()[name]
-        assert torch.allclose(tensor, expected, atol=1e-6)
-
-
-def test_ema_covers_buffers_and_refuses_other_names():
+def test_the_ema_is_equation_3_on_every_parameter_and_buffer():
     target = torch.nn.BatchNorm1d(3)
     context = torch.nn.BatchNorm1d(3)
+    context.weight.data.normal_()
     context(torch.randn(8, 3))
-    masking.update_ema(target, context, 0.5)
-    assert torch.allclose(target.running_mean, 0.5 * context.running_mean)
-    assert target.num_batches_tracked == 1
-    with pytest.raises(ValueError, match="running_mean"):
-        masking.update_ema(target, torch.nn.LayerNorm(3), 0.5)
-
-
-# ================================================================================================
-# data.py: helpers
-
-FORMATS = [  # extension, and the names that libsndfile has for it
-    ("wav", "WAV", "PCM_U8"),
-    ("wav", "WAV", "FLOAT"),
-    ("flac", "FLAC", "PCM_16"),
-    ("ogg", "OGG", "VORBIS"),
-    ("opus", "OGG", "OPUS"),
-    ("mp3", "MP3", "MPEG_LAYER_III"),
-    ("aiff", "AIFF", "PCM_16"),
-    ("au", "AU", "PCM_16"),
-]
-
-
-def write_level(path, level, seconds=10.0):
-    """A wav file of one number, so that a clip shows which recordings are in it."""
-    soundfile.write(path, np.full(int(seconds * 32000), level), 32000, subtype="FLOAT")
-
-
-def write_ramp(path, samples):
-    """A file that rises from -0.9 to 0.9, so that an excerpt shows where it was taken."""
-    soundfile.write(path, np.linspace(-0.9, 0.9, samples), 8000, subtype="PCM_24")
-
-
-BAD = ["empty", "text", "half a tag", "no samples", "nan", "inf", "dangling link"]
-
-
-def break_file(path, how="text"):
-    """Something that is named like audio and cannot be used."""
-    waveform = noise(3)
-    if how == "empty":
-        path.write_bytes(b"")
-    elif how == "text":
-        path.write_text("this is no audio\n" * 100)
-    elif how == "half a tag":
-        path.write_bytes(b"ID3")  # as an MP3 begins
-    elif how == "no samples":
-        soundfile.write(path, waveform[:0], 32000)
-    elif how == "dangling link":
-        path.symlink_to(path.with_suffix(".gone"))
-    else:  # "nan" or "inf"
-        waveform[::1000] = float(how)
-        soundfile.write(path, waveform, 32000, subtype="FLOAT")
-
-
-def pack(folder, out):
-    """python data.py pack folder out -> the clips of what was packed."""
-    data.pack(data.AudioClips(folder).source, out)
-    return data.AudioClips(out)
+    before = copy.deepcopy(target.state_dict())
+    masking.update_ema(target, context, 0.9)
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        expected = 0.9 * before[name] + 0.1 * context.state_dict()[name]
+        assert_close(target.state_dict()[name], expected)
+    assert target.num_batches_tracked == 1  # a counter has no mean
 
 
 # ================================================================================================
 # data.py: the log-mel
 
 
-@pytest.mark.parametrize("rate, mels", [(32000, 128), (16000, 80)])
-def test_the_log_mel_is_kaldis(rate, mels):
+def kaldi_fbank(waveform, rate, mels, hop, window, snip_edges):
+    """The log-mel of torchaudio; `hop` and `window` are in samples."""
+    return kaldi.fbank(
+        waveform.unsqueeze(0),
+        sample_frequency=rate,
+        num_mel_bins=mels,
+        frame_shift=1000 * hop / rate,
+        frame_length=1000 * window / rate,
+        window_type="hanning",
+        snip_edges=snip_edges,
+        dither=0.0,
+    )
+
+
+@pytest.mark.parametrize(
+    "rate, mels, hop, window",
+    [
+        (32000, 128, 1250, 3125),
+        (16000, 80, 625, 1562),
+    ],
+)
+def test_the_log_mel_is_kaldis(rate, mels, hop, window):
     sounds = [noise(10, rate), tone(10, rate) + 0.2, np.zeros(10 * rate, np.float32)]
     waveforms = torch.from_numpy(np.stack(sounds))
-    hop = rate * 10 / 256
-    options = {
-        "sample_frequency": rate,
-        "num_mel_bins": mels,
-        "frame_shift": 1000 * hop / rate,
-        "frame_length": 1000 * int(2.5 * hop) / rate,
-        "window_type": "hanning",
-        "snip_edges": False,
-        "dither": 0.0,
-    }
-    expected = torch.stack([kaldi.fbank(sound.unsqueeze(0), **options) for sound in waveforms])
+    expected = [kaldi_fbank(waveform, rate, mels, hop, window, False) for waveform in waveforms]
     log_mel = data.LogMel(rate, mel_bins=mels)(waveforms)
     assert log_mel.shape == (3, 1, 256, mels)
-    assert (log_mel.squeeze(1) - expected).abs().max() < 1e-3
+    assert_close(log_mel.squeeze(1), torch.stack(expected), rtol=0, atol=1e-3)
 
 
 def test_the_measured_mean_and_std_normalise_the_set():
     clips = data.SyntheticClips(16000, clip_seconds=0.625, num_clips=256)
-    log_mel = data.LogMel(16000, clip_seconds=0.625, time_bins=16)
-    mean, std = data.measure_mean_std(clips, log_mel, "cpu", workers=0)
-    log_mel.mean = mean
-    log_mel.std = std
+    mean, std = data.measure_mean_std(clips, data.LogMel(16000, 0.625, 16), "cpu", workers=0)
+    log_mel = data.LogMel(16000, 0.625, 16, mean=mean, std=std)
     normalised = log_mel(torch.stack(list(clips)))
     assert normalised.mean().item() == pytest.approx(0, abs=1e-4)
     assert normalised.std().item() == pytest.approx(1, abs=1e-4)
@@ -588,175 +466,137 @@ def test_the_measured_mean_and_std_normalise_the_set():
 # data.py: which recordings there are
 
 
-@pytest.mark.parametrize("layout", ["list.txt", "list.csv", "list.tsv", "fairseq.tsv", "shards"])
+@pytest.mark.parametrize("layout", ["list.txt", "list.csv", "list.tsv", "shards"])
 def test_every_layout_gives_the_recordings_of_the_folder(tmp_path, layout):
-    folder = corpus(tmp_path / "a" / "deep", 5)
-    names = [f"a/deep/{i:03d}.wav" for i in range(5)]
+    corpus(tmp_path / "a", 4)
+    names = [f"a/{i:03d}.wav" for i in range(4)]
     (tmp_path / "list.txt").write_text("\n".join(names) + "\n\n")
     (tmp_path / "list.csv").write_text("path,label\n" + ",bird\n".join(names))
     (tmp_path / "list.tsv").write_text("\tbird\n".join(names))
-    below = [name.removeprefix("a/") for name in names]
-    (tmp_path / "fairseq.tsv").write_text(f"{tmp_path}/a\n" + "\t64000\n".join(below))
     (tmp_path / "shards").mkdir()
-    for shard, numbers in enumerate([range(2), range(2, 5)]):
-        with tarfile.open(tmp_path / "shards" / f"{shard}.tar", "w") as tar:
-            for i in numbers:
-                tar.add(folder / f"{i:03d}.wav", f"{i:03d}.wav")
+    for i, name in enumerate(names):
+        with tarfile.open(tmp_path / "shards" / f"{i // 2}.tar", "a") as tar:
+            tar.add(tmp_path / name, name)
     expected = data.AudioClips(tmp_path / "a", clip_seconds=1.25)
     clips = data.AudioClips(tmp_path / layout, clip_seconds=1.25)
-    assert len(clips) == 5
-    for i in range(5):
+    assert len(clips) == 4
+    for i in range(4):
         assert clips.source.name(i).endswith(f"{i:03d}.wav")
         assert torch.equal(clips[i], expected[i])
 
 
-def test_what_cannot_be_decoded_is_left_out_and_named(tmp_path, capsys):
-    write_level(tmp_path / "a.wav", 0.25)
-    with open(tmp_path / "a.wav", "r+b") as file:
-        file.truncate(2**22)  # a hole at its end
-    write_level(tmp_path / "b.wav", 0.5)
-    tar = ["tar", "--sparse", "-cf", tmp_path / "x.tar", "-C", tmp_path, "a.wav", "b.wav"]
-    subprocess.run(tar, check=True)
-    (tmp_path / "a.wav").unlink()
+def test_what_libsndfile_cannot_decode_is_left_out_and_counted(tmp_path, capsys):
+    corpus(tmp_path / "c", 1)
     for name in ("a.m4a", "b.M4A", "c.webm", "notes.pdf"):
         (tmp_path / name).write_bytes(b"x")
-    clips = data.AudioClips(tmp_path)
-    assert [clips.source.name(i) for i in range(len(clips))] == ["b.wav", "x.tar/b.wav"]
-    assert (clips[1] == 0.5).all()
-    warning = capsys.readouterr().err
-    for hint in ("a.wav is a sparse member", "'.m4a': 2", "'.webm': 1"):
-        assert hint in warning
-    assert "pdf" not in warning
-
-
-@pytest.mark.parametrize(
-    "name, content",
-    [
-        ("list.txt", "a"),
-        ("list.csv", "a/000.wav\nb"),
-        ("list.tsv", "a\n{folder}/a/000.wav"),
-        ("audioset.csv", "# Segments csv created Sun\n# num_ytids=1\n--aE2O5G5WE, 0.0, 10.0\n"),
-        ("wav.scp", "utt1 /data/utt1.wav\n"),
-    ],
-)
-def test_a_list_of_another_kind_is_refused_and_told_what_to_give(tmp_path, name, content):
-    corpus(tmp_path / "a", 1)
-    corpus(tmp_path / "b", 1)
-    (tmp_path / name).write_text(content.format(folder=tmp_path))
-    with pytest.raises(ValueError, match=f"{name}.*give a folder, .* with a path a line"):
-        data.AudioClips(tmp_path / name)
+    assert len(data.AudioClips(tmp_path)) == 1
+    assert "{'.m4a': 2, '.webm': 1}" in capsys.readouterr().err
 
 
 def test_links_are_followed_to_each_folder_once_and_hidden_files_are_not_audio(tmp_path):
     folder = corpus(tmp_path / "elsewhere", 2)
     (tmp_path / "set").mkdir()
-    (tmp_path / "set" / "b").symlink_to(folder)
-    (tmp_path / "set" / "a").symlink_to(folder)
-    (folder / "again").symlink_to(folder)
+    for link in (tmp_path / "set" / "a", tmp_path / "set" / "b", folder / "again"):
+        link.symlink_to(folder)
     (folder / "._000.wav").write_bytes(b"of macOS")
-    _, index = data.find_recordings(tmp_path / "set")
-    assert index.dtype.kind == "S"  # one flat array, sorted
-    assert index.tolist() == [b"a/000.wav", b"a/001.wav"]
+    source = data.AudioClips(tmp_path / "set").source
+    assert [source.name(i) for i in range(len(source))] == ["a/000.wav", "a/001.wav"]
+
+
+def write_level(path, level, seconds=10.0):
+    """A wav file of one number, so that a clip shows which recordings are in it."""
+    soundfile.write(path, np.full(int(seconds * 32000), level), 32000, subtype="FLOAT")
 
 
 def test_odd_names_are_read_and_printed_on_one_line(tmp_path):
-    names = [b"with space.wav", b"new\nline.wav", b"not utf8 \xff.wav", "ümlaut.wav".encode()]
-    for i, name in enumerate(names):
-        write_level(tmp_path / "x.wav", (i + 1) / 8)
+    for name in (b"new\nline.wav", b"not utf8 \xff.wav"):
+        write_level(tmp_path / "x.wav", 0.5)
         os.rename(tmp_path / "x.wav", os.path.join(os.fsencode(tmp_path), name))
     clips = data.AudioClips(tmp_path)
-    printed = {data.printable(clips.source.name(i)) for i in range(4)}
-    assert {clip[0].item() for clip in clips} == {1 / 8, 2 / 8, 3 / 8, 4 / 8}
-    assert printed == {"with space.wav", "new\\nline.wav", "not utf8 \\udcff.wav", "ümlaut.wav"}
-
-
-def test_a_file_in_a_list_is_accepted_whatever_its_extension(tmp_path):
-    write_level(tmp_path / "x.wav", 0.5)
-    os.rename(tmp_path / "x.wav", tmp_path / "x.wave")
-    (tmp_path / "list.txt").write_text("x.wave\n")
-    assert (data.AudioClips(tmp_path / "list.txt")[0] == 0.5).all()
+    for i, printed in enumerate(["new\\nline.wav", "not utf8 \\udcff.wav"]):
+        assert data.printable(clips.source.name(i)) == printed
+        _, _, bad = clips.read(0, i)
+        assert bad == []
 
 
 # ================================================================================================
 # data.py: decoding
 
+FORMATS = [  # extension, and the names that libsndfile has for it
+    "wav WAV FLOAT",
+    "flac FLAC PCM_16",
+    "ogg OGG VORBIS",
+    "opus OGG OPUS",
+    "mp3 MP3 MPEG_LAYER_III",
+    "aiff AIFF PCM_16",
+    "au AU PCM_16",
+    "sph NIST PCM_16",
+    "caf CAF PCM_16",
+]
 
-@pytest.mark.parametrize("extension, container, subtype", FORMATS)
-def test_every_format_is_read_and_its_channels_averaged(tmp_path, extension, container, subtype):
+
+def write_as(kind, folder, waveform, rate):
+    extension, container, subtype = kind.split()
+    path = folder / f"x.{extension}"
+    soundfile.write(path, waveform, rate, subtype, format=container)
+    return path
+
+
+def write_ramp(path, samples):
+    """A file that rises from -0.9 to 0.9, so that an excerpt shows where it was taken."""
+    soundfile.write(path, np.linspace(-0.9, 0.9, samples), 8000, subtype="PCM_24")
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_is_read_and_its_channels_averaged(tmp_path, kind):
     left = tone(2, 48000)
-    stereo = np.stack([left, left / 2], axis=1)
-    soundfile.write(tmp_path / f"x.{extension}", stereo, 48000, subtype, format=container)
+    write_as(kind, tmp_path, np.stack([left, left / 2], axis=1), 48000)
     clip = data.AudioClips(tmp_path, 48000, clip_seconds=1.0)[0].numpy()
     assert np.abs(np.fft.rfft(clip)).argmax() == 440
     assert clip.std() == pytest.approx(0.75 * left.std(), rel=0.02)
 
 
-@pytest.mark.parametrize("rate", [8000, 44100, 44099])
+@pytest.mark.parametrize("rate", [44100, 44099])  # the second has no divisor in common with 32000
 def test_resampling_keeps_pitch_and_length(rate):
     waveform = data.resample(tone(2, rate), rate, 32000)
-    middle = slice(2000, 62000)
     assert len(waveform) == pytest.approx(64000, abs=1)
+    middle = slice(2000, 62000)
     assert np.abs(waveform[middle] - tone(2)[middle]).max() < 0.01
 
 
-@pytest.mark.parametrize("extension, container, subtype", FORMATS)
-def test_a_file_that_ends_early_gives_what_is_there(tmp_path, extension, container, subtype):
-    path = tmp_path / f"x.{extension}"
-    soundfile.write(path, noise(20, 48000), 48000, subtype, format=container)
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
-    clips = data.AudioClips(tmp_path, 48000, clip_seconds=5.0)
+# libsndfile opens no CAF that is cut. GSM cannot seek.
+@pytest.mark.parametrize("kind", [*FORMATS[:-1], "wav WAV GSM610"])
+def test_a_file_that_ends_early_gives_what_is_there(tmp_path, kind):
+    path = write_as(kind, tmp_path, noise(80, 8000), 8000)
+    os.truncate(path, path.stat().st_size // 2)
+    clips = data.AudioClips(tmp_path, 8000)
     for epoch in range(8):
         clip, reads, bad = clips.read(epoch, 0)
         assert (reads, bad) == (1, [])
-        assert clip[-4800:].std() > 0.05
-    samples = sum(len(window) for window in clips.source.windows(0, 48000))
-    assert 8 < samples / 48000 < 12
+        assert clip[-800:].std() > 0.05
+    samples = sum(len(window) for window in clips.source.windows(0, 8000))
+    assert 32 < samples / 8000 < 48
 
 
 def test_a_flac_of_unknown_length_is_read_to_its_end(tmp_path):
     write_ramp(tmp_path / "x.flac", 40 * 8000)
-    content = bytearray((tmp_path / "x.flac").read_bytes())
-    content[21] &= 0xF0  # the number of samples has 36 bits: 0 is what a stream says
-    content[22:26] = bytes(4)
-    (tmp_path / "x.flac").write_bytes(content)
-    files = data.AudioClips(tmp_path, 8000).source
-    starts = [files.excerpt(0, 40000, random.Random(seed))[0] for seed in range(40)]
+    with open(tmp_path / "x.flac", "r+b") as file:
+        file.seek(22)  # the number of samples: 0 is what a stream says
+        file.write(bytes(4))
+    clips = data.AudioClips(tmp_path, 8000, clip_seconds=5.0)
+    starts = [clips.read(epoch, 0)[0][0] for epoch in range(40)]
     assert min(starts) < -0.75
     assert 0.6 < max(starts) < 0.68  # 5 s before the end it is 0.675
-    assert sum(len(window) for window in files.windows(0, 40000)) == 40 * 8000
+    assert sum(len(window) for window in clips.source.windows(0, 40000)) == 40 * 8000
 
 
-ID3 = b"ID3\3\0\0\0\0\0\x40" + bytes(64)  # a tag, as an MP3 begins
-
-
-@pytest.mark.parametrize("before", [b"", ID3 + bytes(100), bytes(4096), None])
-def test_an_mp3_is_read_as_far_as_soundfile_reads_its_path(tmp_path, before):
-    path = tmp_path / "x.mp3"
-    soundfile.write(path, tone(12, 44100), 44100)
-    content = path.read_bytes()
-    if before is None:
-        path.write_bytes(content[1000:])  # begins within a frame
-    else:
-        path.write_bytes(before + content)
+@pytest.mark.parametrize("before", [b"", bytes(4096)])  # as a tag may leave it
+def test_the_windows_of_an_mp3_are_all_of_it(tmp_path, before):
+    path = write_as("mp3 MP3 MPEG_LAYER_III", tmp_path, noise(12, 8000), 8000)
+    path.write_bytes(before + path.read_bytes())
     expected, _ = soundfile.read(path, dtype="float32")
-    assert len(expected) > 8 * 44100
-    windows = list(data.AudioFiles(tmp_path, 44100).windows(0, 44100))
-    assert np.array_equal(np.concatenate(windows), expected)
-
-
-@pytest.mark.parametrize(
-    "extension, container, subtype", [("wav", "WAV", "GSM610"), ("au", "AU", "G721_32")]
-)
-def test_a_format_without_seeking_is_read_from_anywhere(tmp_path, extension, container, subtype):
-    path = tmp_path / f"x.{extension}"
-    soundfile.write(path, noise(90, 8000), 8000, subtype, format=container)
-    expected, _ = soundfile.read(path, dtype="float32")
-    files = data.AudioFiles(tmp_path, 8000)
-    assert np.array_equal(np.concatenate(list(files.windows(0, 40000))), expected)
-    late = files.excerpt(0, 40000, SimpleNamespace(random=lambda: 0.99))
-    start = int(0.99 * (len(expected) - 40000 + 1))
-    assert np.array_equal(late, expected[start : start + 40000])
+    windows = list(data.AudioFiles(tmp_path, 8000).windows(0, 8000))
+    assert_close(np.concatenate(windows), expected)
 
 
 # ================================================================================================
@@ -764,34 +604,30 @@ def test_a_format_without_seeking_is_read_from_anywhere(tmp_path, extension, con
 
 
 @pytest.mark.parametrize("kind", ["files", "synthetic"])
-def test_a_clip_is_a_pure_function_of_seed_epoch_and_number(tmp_path, kind):
-    def read(seed, epoch, i, *before):
-        clips = data.SyntheticClips(clip_seconds=1.25, seed=seed)
+def test_a_clip_is_a_pure_function_of_seed_epoch_and_number(sounds, kind):
+    def read(seed, epoch, i, before=0):
+        clips = data.SyntheticClips(clip_seconds=0.625, seed=seed)
         if kind == "files":
-            clips = data.AudioClips(tmp_path / "c", clip_seconds=1.25, seed=seed)
-        for other in before:
-            clips.read(*other)
-        return clips.read(epoch, i)[0]
+            clips = data.AudioClips(sounds, clip_seconds=0.625, seed=seed)
+        clips.read(0, before)
+        return clips.read(epoch, i)[0].tolist()
 
-    corpus(tmp_path / "c")
     clip = read(7, 3, 2)
-    assert np.array_equal(read(7, 3, 2, (4, 5)), clip)  # what was read before does not matter
+    assert read(7, 3, 2, before=9) == clip
     for other in [(7, 4, 2), (7, 3, 1), (8, 3, 2)]:
-        assert not np.array_equal(read(*other), clip)
+        assert read(*other) != clip
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_any_data_loader_takes_clips_and_subsets_of_them(tmp_path, workers):
-    clips = data.AudioClips(corpus(tmp_path / "c", 5), clip_seconds=2.5)
-    loader = DataLoader(Subset(clips, [3, 1]), batch_size=2, num_workers=workers)
-    (batch,) = loader
+def test_any_data_loader_takes_clips_and_subsets_of_them(sounds):
+    clips = data.AudioClips(sounds, clip_seconds=2.5)
+    (batch,) = DataLoader(Subset(clips, [3, 1]), batch_size=2, num_workers=1)
     assert torch.equal(batch, torch.stack([clips[3], clips[1]]))
 
 
 def test_excerpts_of_a_recording_reach_its_start_and_its_end(tmp_path):
     write_ramp(tmp_path / "x.wav", 5003)
-    files = data.AudioClips(tmp_path, 8000).source
-    starts = {files.excerpt(0, 5000, random.Random(seed))[0] for seed in range(50)}
+    clips = data.AudioClips(tmp_path, 8000, clip_seconds=0.625)
+    starts = {clips.read(epoch, 0)[0][0] for epoch in range(50)}
     ramp, _ = soundfile.read(tmp_path / "x.wav", dtype="float32")
     assert starts == set(ramp[:4])
 
@@ -802,8 +638,9 @@ def test_a_long_recording_gives_another_excerpt_in_each_epoch(tmp_path):
     starts = set()
     for epoch in range(20):
         clips.set_epoch(epoch)
-        starts.add(clips[0][0].item())
-        assert clips[0][-1] - clips[0][0] == pytest.approx(0.2, abs=1e-4)  # 10 of 90 s in one piece
+        clip = clips[0]
+        starts.add(clip[0].item())
+        assert clip[-1] - clip[0] == pytest.approx(0.2, abs=1e-4)  # 10 of 90 s in one piece
     assert len(starts) == 20
 
 
@@ -811,114 +648,81 @@ def test_a_short_recording_is_filled_up_with_others(tmp_path):
     for i, level in enumerate([0.25, 0.5, 0.75]):
         write_level(tmp_path / f"{i}.wav", level, seconds=3)
     clip = data.AudioClips(tmp_path, seed=1)[1]
-    assert clip.shape == (320000,)
     assert (clip[:96000] == 0.5).all()
     assert (clip > 0).all()
     assert (clip != 0.5).any()
 
 
-@pytest.mark.parametrize(
-    "recording, clip_seconds, silent", [(9.3, 10.0, 0.0), (9.5, 10.0, 0.5), (1.0, 0.3125, 0.0)]
-)
-def test_only_a_rest_shorter_than_a_patch_stays_silent(tmp_path, recording, clip_seconds, silent):
+@pytest.mark.parametrize("recording, silent", [(9.3, 0.0), (9.5, 0.5)])
+def test_only_a_rest_shorter_than_a_patch_stays_silent(tmp_path, recording, silent):
     write_level(tmp_path / "x.wav", 0.5, recording)
-    clip = data.AudioClips(tmp_path, clip_seconds=clip_seconds)[0]
-    assert clip.shape == (clip_seconds * 32000,)
+    clip = data.AudioClips(tmp_path)[0]
+    assert clip.shape == (320000,)
     assert (clip == 0).sum() == silent * 32000
 
 
-@pytest.mark.parametrize("how", BAD)
-@pytest.mark.parametrize("name", ["a bad.wav", "a bad.mp3"])
-def test_a_bad_recording_is_replaced_and_reported(tmp_path, how, name):
-    break_file(tmp_path / "a bad.wav", how)
-    os.rename(tmp_path / "a bad.wav", tmp_path / name)
+@pytest.mark.parametrize("content", [b"", b"no audio" * 99, b"ID3", [], [np.nan], [np.inf]])
+def test_a_bad_recording_is_replaced_and_reported(tmp_path, content):
+    path = tmp_path / "a bad.mp3"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        soundfile.write(path, content, 32000, "FLOAT", format="WAV")
     write_level(tmp_path / "good.wav", 0.5)
     clip, reads, bad = data.AudioClips(tmp_path).read(0, 0)
     assert (clip == 0.5).all()
     assert reads == len(bad) + 1
-    assert bad[0][0] == name
+    assert bad[0][0] == "a bad.mp3"
     assert bad[0][1] != ""
 
 
-def test_ten_bad_recordings_in_a_row_are_no_clip(tmp_path):
-    break_file(tmp_path / "x.wav", "nan")
-    clips = data.AudioClips(tmp_path)
-    with pytest.raises(OSError, match="ten recordings in a row .* x.wav: holds NaN"):
-        clips[0]
-
-
-# ================================================================================================
-# data.py: the order of clips, and their loader
-
-
-def test_processes_with_accumulation_read_every_clip_once_an_epoch():
+def test_every_epoch_reads_each_clip_once_in_an_order_of_its_own():
     read = []
-    for rank in range(2):
-        shares = train.shares_of_process(batch_size=12, accum=2, rank=rank, processes=2)
-        for batch in data.clip_order(30, 0, 12, range(10), shares):
-            assert len(batch) == 3
-            read += batch
-    assert sorted(read) == [(epoch, i) for epoch in range(4) for i in range(30)]
-
-
-def test_batches_do_not_depend_on_the_number_of_workers(tmp_path):
-    folder = corpus(tmp_path / "c", 5)
-    break_file(folder / "bad.wav")
-    clips = data.AudioClips(folder, clip_seconds=2.5)
-    order = list(data.clip_order(6, 0, 4, range(3), [slice(0, 2), slice(2, 4)]))
-    without = list(data.clip_loader(clips, order, workers=0))
-    with_two = list(data.clip_loader(clips, order, workers=2))
-    assert len(without) == len(with_two) == 6
-    for a, b in zip(without, with_two, strict=True):
-        assert torch.equal(a.clips, b.clips)
-        assert (a.reads, a.bad) == (b.reads, b.bad)
-    assert any(batch.bad for batch in without)
+    for batch in data.clip_order(30, 0, 12, range(10), [slice(0, 6), slice(6, 12)]):
+        read += batch
+    assert sorted(read) == list(itertools.product(range(4), range(30)))
+    clips = [i for _, i in read]
+    assert clips[:30] != clips[30:60]
 
 
 # ================================================================================================
 # data.py: scan and pack
 
 
-def test_packing_keeps_the_log_mel_and_all_frames(tmp_path):
-    folder = corpus(tmp_path / "c", 3, seconds=10)
-    clips = data.AudioClips(folder)
-    packed_clips = pack(folder, tmp_path / "p")
-    for i in range(3):
-        expected = data.LogMel()(clips[i].unsqueeze(0))[0, 0]
-        assert packed_clips.source.name(i) == clips.source.name(i)
-        assert (packed_clips[i] - expected).abs().max() < 0.01
-    long = pack(corpus(tmp_path / "long", 1, seconds=25), tmp_path / "q")
-    assert long.source.excerpt(0, 10**6, random.Random(0)).shape == (25 * 25.6, 128)
+def test_packing_keeps_the_log_mel_of_all_of_a_recording(tmp_path):
+    files = data.AudioFiles(corpus(tmp_path / "c", 2, seconds=25), 32000)
+    data.pack(files, tmp_path / "p")
+    clips = data.AudioClips(tmp_path / "p", clip_seconds=25.0)
+    assert clips[1].shape == (25 * 25.6, 128)
+    begin = torch.from_numpy(next(files.windows(1, 320000)))
+    expected = data.LogMel().frames(begin.unsqueeze(0))[0]
+    assert (clips[1][:256] - expected).abs().max() < 0.01
 
 
-def test_a_packed_folder_of_another_rate_or_half_copied_is_refused(tmp_path):
-    packed(tmp_path / "p", np.ones((256, 128)))
-    with pytest.raises(ValueError, match="packed at 32000 Hz, not at 16000"):
-        data.AudioClips(tmp_path / "p", 16000)
-    os.truncate(tmp_path / "p" / "all.f16", 1000)
-    with pytest.raises(ValueError, match="not whole"):
-        data.AudioClips(tmp_path / "p")
+DATA_REFUSES = """
+scan {tmp}/nowhere       nowhere: does not exist
+pack {packed} {tmp}/p    is packed
+pack {sounds} {packed}   holds a packed set
+"""
 
 
-def test_what_cannot_be_packed_is_said_in_one_line(tmp_path):
-    for folder in [tmp_path / "nowhere", packed(tmp_path / "p", np.ones((256, 128)))]:
-        done = run_python("data.py", "pack", folder, tmp_path / "out", code=2)
-        assert done.stderr.startswith("error: ")
-        assert str(folder) in done.stderr.splitlines()[0]
-    assert "is packed" in done.stderr
+@pytest.mark.parametrize("row", DATA_REFUSES.strip().splitlines())
+def test_data_py_says_in_one_line_what_is_wrong(tmp_path, sounds, packed, row):
+    row = row.format(tmp=tmp_path, sounds=sounds, packed=packed)
+    command, hint = re.split("   *", row)
+    (line,) = run_python("data.py", *command.split(), code=2).stderr.splitlines()
+    assert line.startswith("error: ")
+    assert hint in line
 
 
-def test_scan_counts_and_writes_nothing(tmp_path):
+def test_scan_names_what_is_bad_and_counts_the_rest(tmp_path):
     folder = corpus(tmp_path / "c", 4)
     soundfile.write(folder / "silent.flac", np.zeros((44100, 2)), 44100)
-    break_file(folder / "bäd.wav")
-    before = sorted(tmp_path.rglob("*"))
-    done = run_python("data.py", "scan", folder, env={"PYTHONIOENCODING": "ascii"})
-    assert sorted(tmp_path.rglob("*")) == before
-    assert done.stderr == ""  # no bar where it is no terminal
-    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
-    assert lines[0].startswith("b\\xe4d.wav: ")
-    for line in ("6 recordings", "1 unreadable", "1 silent", "4 32000 Hz", "1 2 channels"):
+    (folder / "bad.wav").write_text("no audio")
+    printed = run_python("data.py", "scan", folder).stdout
+    assert printed.startswith("bad.wav: ")
+    lines = [" ".join(line.split()) for line in printed.splitlines()]
+    for line in ("6 recordings", "1 unreadable", "1 silent", "1 2 channels"):
         assert line in lines
 
 
@@ -928,7 +732,7 @@ def test_scan_counts_and_writes_nothing(tmp_path):
 
 def test_the_learning_rate_is_the_papers():
     rates = [train.learning_rate(step, 100000) for step in (0, 500, 1000, 50500, 100000)]
-    assert rates == pytest.approx([1e-6, 1.505e-4, 3e-4, 1.5e-4, 0], abs=1e-12)
+    assert rates == pytest.approx([1e-6, 1.505e-4, 3e-4, 1.5e-4, 0])
 
 
 def test_the_defaults_are_the_papers():
@@ -950,98 +754,81 @@ def test_the_defaults_are_the_papers():
     assert {name: args[name] for name in papers} == papers
 
 
-def make_run():
-    """What `train` builds, for clips that are log-mel already: [8, 32, 128]."""
-    args = train.parse_args(TINY)
-    config = JEPAConfig(time_bins=32, dim=32, depth=2, heads=2, predictor_dim=16, predictor_heads=2)
-    log_mel = data.LogMel(time_bins=32, clip_seconds=1.25)
-    one = train.Processes()
-    run = train.build_run(args, config, log_mel, one, torch.device("cpu"), torch.float32)
-    torch.manual_seed(1)
-    run.target_encoder = VisionTransformer(config)  # unlike the context encoder
-    return run
+def test_a_step_is_masks_targets_loss_adamw_and_ema(whole_run, tmp_path):
+    before, _ = read_run(whole_run)  # whose two encoders differ
+    flags = ["--init", whole_run / "last.pt", "--steps", 3, "--ema", 0.5]
+    after, log = pretrain(tmp_path, *flags)
+    jepa = JEPA(JEPAConfig(**after["config"]["model"]))
+    target_encoder = VisionTransformer(jepa.config)
+    networks = {
+        "context_encoder": jepa.context_encoder,
+        "target_encoder": target_encoder,
+        "predictor": jepa.predictor,
+    }
+    for name, network in networks.items():
+        network.load_state_dict(before[name])
 
-
-def test_a_step_is_masks_targets_loss_adamw_and_ema():
-    run = make_run()
-    by_hand = copy.deepcopy(run)
-    frames = torch.randn(8, 32, 128)
-    result = train.train_step(run, 3, [frames])
-    targets = by_hand.target_encoder(frames.unsqueeze(1))
-    grid = by_hand.model.config.grid
-    masks = masking.draw_masks(masking.random_mask, 0, 3, 8, grid, (0.4, 0.6), "cpu")
-    loss = by_hand.model(frames.unsqueeze(1), *masks, targets)
-    loss.backward()
-    for group in by_hand.optimizer.param_groups:
-        group["lr"] = train.learning_rate(3, 20, warmup=5)
-    by_hand.optimizer.step()
-    context_encoder = by_hand.model.context_encoder
-    masking.update_ema(by_hand.target_encoder, context_encoder, masking.ema_decay(3, 20))
-    assert torch.allclose(torch.cat(result.targets), targets, atol=1e-6)
-    assert result.loss == pytest.approx(loss.item(), rel=1e-5)
-    for name in ("model", "target_encoder"):
-        expected = getattr(by_hand, name).state_dict()
-        for weight, tensor in getattr(run, name).state_dict().items():
-            assert torch.allclose(tensor, expected[weight], atol=1e-7)
-
-
-def test_a_step_without_a_finite_gradient_moves_nothing():
-    run = make_run()
-    frames = torch.randn(8, 32, 128)
-    frames[3, 5, 7] = math.nan
-    for network in (run.model, run.target_encoder):
-        before = copy.deepcopy(network).state_dict()
-        result = train.train_step(run, 10, [frames])
-        assert not math.isfinite(result.grad_norm)
-        for name, tensor in network.state_dict().items():
-            assert torch.equal(tensor, before[name])
-
-
-def test_weight_decay_spares_biases_norms_and_the_mask_token():
-    jepa = JEPA(SMALL)
-    decaying, sparing = train.make_optimizer(jepa, 0.05).param_groups
-    assert decaying["weight_decay"] == 0.05
-    assert sparing["weight_decay"] == 0.0
-    assert all(parameter.ndim == 2 for parameter in decaying["params"])
-    assert any(parameter is jepa.predictor.mask_token for parameter in sparing["params"])
-    assert len(decaying["params"]) + len(sparing["params"]) == len(list(jepa.parameters()))
+    matrices = [weight for weight in jepa.parameters() if weight.ndim == 2]
+    others = [weight for weight in jepa.parameters() if weight.ndim == 1]
+    groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+    clips = data.SyntheticClips(clip_seconds=1.25)
+    order = data.clip_order(len(clips), 0, 8, range(3), [slice(0, 8)])
+    for step, batch in enumerate(data.clip_loader(clips, order, workers=0)):
+        spectrogram = data.LogMel(**after["config"]["log_mel"])(batch.clips)
+        masks = masking.draw_masks(
+            masking.random_mask,
+            0,
+            step,
+            8,
+            (2, 8),
+            (0.4, 0.6),
+            "cpu",
+        )
+        loss = jepa(spectrogram, *masks, target_encoder(spectrogram))
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = train.learning_rate(step, 3, warmup=0)
+        optimizer.step()
+        optimizer.zero_grad()
+        decay = masking.ema_decay(step, 3, 0.5)
+        masking.update_ema(target_encoder, jepa.context_encoder, decay)
+        assert log["loss"][step] == pytest.approx(loss.item(), rel=1e-5)
+    for name, network in networks.items():
+        assert_close(after[name], network.state_dict(), rtol=0, atol=1e-6)
 
 
 # ---- Monitors
 
 
-@pytest.mark.parametrize("loss, target_norm", [("l2", "token"), ("cosine", "clip")])
-def test_explained_is_1_for_a_perfect_predictor_and_0_for_a_blind_one(loss, target_norm):
-    jepa = JEPA(SMALL, loss, target_norm)
-    targets = torch.randn(16, 12, 32) + torch.randn(1, 12, 32)
+def test_explained_is_1_for_a_perfect_predictor_and_0_for_a_blind_one():
+    jepa = JEPA(SMALL)
+    targets = torch.randn(16, 12, 32) + torch.randn(12, 32)
     target_idx = torch.arange(12).expand(16, -1)
-    normalised = model.normalise_targets(targets, target_norm)
-    mean_of_each_position = normalised.mean(0).expand(16, -1, -1)
-    blind = jepa.loss_function(mean_of_each_position, normalised).item()
+    normalised = model.normalise_targets(targets)
+    blind = model.l2_loss(normalised.mean(0), normalised).item()
     assert train.explained(jepa, 0.0, targets, target_idx) == pytest.approx(1)
     assert train.explained(jepa, blind, targets, target_idx) == pytest.approx(0, abs=1e-4)
-    assert train.explained(jepa, 2 * blind, targets, target_idx) < -0.9
 
 
-def test_monitors_tell_healthy_targets_from_clips_or_tokens_that_are_alike():
-    healthy = train.monitors(torch.randn(256, 4, 64))
-    assert healthy["target_std"] == pytest.approx(0.5, abs=0.05)  # a mean over 4 tokens
-    assert healthy["token_std"] > 0.7
-    assert healthy["effective_rank"] > 50
-    assert abs(healthy["mean_cosine"]) < 0.05
-    clips_alike = train.monitors(torch.randn(1, 4, 64).expand(256, 4, 64))
-    assert clips_alike["target_std"] == pytest.approx(0, abs=1e-6)
-    assert clips_alike["effective_rank"] == 1
-    assert clips_alike["mean_cosine"] == pytest.approx(1)
-    tokens_alike = train.monitors(torch.randn(256, 1, 64).expand(256, 4, 64))
-    assert tokens_alike["token_std"] == pytest.approx(0, abs=1e-6)
-    assert tokens_alike["target_std"] > 0.9
+@pytest.mark.parametrize(
+    "clips, tokens, expected",  # token_std, target_std, effective_rank, mean_cosine
+    [
+        (256, 4, [0.8, 0.5, 57, 0.0]),  # healthy
+        (1, 4, [0.8, 0.0, 1, 1.0]),  # all clips are alike
+        (256, 1, [0.0, 1.0, 57, 0.0]),  # all tokens of a clip are alike
+    ],
+)
+def test_monitors_tell_healthy_targets_from_clips_or_tokens_that_are_alike(clips, tokens, expected):
+    targets = torch.randn(clips, tokens, 64).expand(256, 4, 64)
+    found = list(train.monitors(targets).values())
+    assert found == pytest.approx(expected, rel=0.1, abs=0.05)
 
 
 def test_a_run_that_collapses_is_seen_to(tmp_path):
     _, log = pretrain(tmp_path, "--lr", 0.01, "--ema", 0, "--ema-end", 0)
-    first = {name: column(log, name)[0] for name in log[0]}
-    last = {name: column(log, name)[-1] for name in log[0]}
+    first = log[0]
+    last = log[-1]
     assert last["loss"] < 0.5 * first["loss"]  # which alone looks like learning
     assert last["explained"] < 0
     assert last["token_std"] < 0.1 * first["token_std"]
@@ -1053,146 +840,144 @@ def test_a_run_that_collapses_is_seen_to(tmp_path):
 # ---- Runs
 
 
-def test_a_run_learns_logs_and_leaves_a_checkpoint_of_plain_data(reference):
-    checkpoint, log = reference
-    assert column(log, "step") == list(range(1, 21))
-    assert float(log[-1]["loss"]) < 0.8 * float(log[0]["loss"])
-    assert all(math.isfinite(float(value)) for line in log for value in line.values())
-    assert column(log, "lr")[0] == 1e-6
-    assert column(log, "lr")[5] == pytest.approx(3e-4)
-    assert {"format", "step", "config", *NETWORKS, "optimizer", "scaler"} <= set(checkpoint)
-    config = JEPAConfig(**checkpoint["config"]["model"])
-    VisionTransformer(config).load_state_dict(checkpoint["target_encoder"])
-    log_mel = data.LogMel(clip_seconds=1.25, time_bins=32)
-    measured = data.measure_mean_std(data.SyntheticClips(clip_seconds=1.25), log_mel, "cpu", 0)
-    stored = checkpoint["config"]["log_mel"]
-    assert (stored["mean"], stored["std"]) == pytest.approx(measured)
+def test_a_run_learns_logs_and_leaves_a_checkpoint_of_plain_data(whole_run):
+    checkpoint, log = read_run(whole_run)  # reads tensors and plain types, nothing else
+    assert log["step"].tolist() == list(range(1, 21))
+    assert log["loss"][-1] < 0.8 * log["loss"][0]
+    for name in log.dtype.names:
+        assert np.isfinite(log[name]).all()
+    assert {"format", "config", "progress", "settings", "optimizer", "scaler"} <= set(checkpoint)
 
 
-SAME_RUN = ["accumulated", "two processes", "stopped", "killed", "continued by two processes"]
+def interrupt(launch, number, step, out, *flags):
+    """Start a run, and send it a signal when it has logged a step."""
+    process = launch("train.py", *TINY, "--save-every", 5, "--out", out, *flags)
+    wait_for_step(out, step)
+    process.send_signal(number)
+    process.wait(60)
+    assert torch.load(out / "last.pt", weights_only=True)["step"] < 20
 
 
-@pytest.mark.parametrize("way", SAME_RUN)
-def test_it_is_the_same_run(reference, tmp_path, way):
-    tolerance = 1e-4  # sums are rounded in another order
-    two_processes = [*TORCHRUN, "train.py", *TINY, "--accum", 2, "--out", tmp_path]
-    if way == "accumulated":
-        pretrain(tmp_path, "--accum", 4)
-    elif way == "two processes":
-        run_python(*two_processes)
-    elif way == "stopped":
-        interrupted(tmp_path, 6)
-        pretrain(tmp_path)
-        tolerance = 0.0
-    elif way == "killed":
-        with start("train.py", *TINY, "--save-every", 5, "--out", tmp_path) as process:
-            wait_for_step(tmp_path, 12)
-            process.kill()
-        assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] % 5 == 0
-        pretrain(tmp_path, "--save-every", 5)
-        tolerance = 0.0
+@pytest.mark.parametrize(
+    "interruption, processes, flags, tolerance",
+    [
+        (None, 1, "--accum 4", 1e-4),  # sums are rounded in another order
+        (None, 2, "--accum 2", 1e-4),
+        (signal.SIGTERM, 1, "--workers 2", 0.0),
+        (signal.SIGKILL, 1, "--workers 0", 0.0),
+        (signal.SIGTERM, 2, "--accum 1", 1e-4),
+        (signal.SIGKILL, 1, "--accum 4", 1e-4),
+    ],
+)
+def test_it_is_the_same_run(
+    whole_run, sounds, launch, tmp_path, interruption, processes, flags, tolerance
+):
+    """Accumulated, in two processes, stopped, killed, and continued in another way."""
+    flags = ["--data", sounds, *flags.split()]
+    if interruption is not None:
+        interrupt(launch, interruption, 6, tmp_path, "--data", sounds)
+    if processes == 1:
+        pretrain(tmp_path, *flags)
     else:
-        interrupted(tmp_path, 6, "--accum", 4)
-        run_python(*two_processes)
+        run_python(*TORCHRUN, "train.py", *TINY, "--out", tmp_path, *flags)
     checkpoint, log = read_run(tmp_path)
-    assert same_weights(checkpoint, reference[0], tolerance)  # under the same names
-    monitors = ("token_std", "target_std", "effective_rank", "mean_cosine")
-    for name in ("step", "loss", "grad_norm", "explained", *monitors):
-        assert column(log, name) == pytest.approx(column(reference[1], name), rel=10 * tolerance)
+    expected, expected_log = read_run(whole_run)
+    assert_same_weights(checkpoint, expected, tolerance)
+    monitors = ("explained", "token_std", "target_std", "effective_rank", "mean_cosine")
+    for name in ("step", "loss", "grad_norm", "bad_files", *monitors):
+        assert log[name] == pytest.approx(expected_log[name], rel=10 * tolerance)
 
 
-def test_a_stopped_run_on_files_with_workers_ends_bit_for_bit_like_one_that_was_not(tmp_path):
-    folder = corpus(tmp_path / "c", seconds=1.0)
-    break_file(folder / "bad.wav")
-    flags = ["--data", folder, "--workers", 2, "--amp", "auto"]
-    whole, whole_log = pretrain(tmp_path / "whole", *flags)
-    interrupted(tmp_path / "parts", 6, *flags)
-    parts, parts_log = pretrain(tmp_path / "parts", *flags)
-    assert same_weights(whole, parts)
-    for name in ("loss", "bad_files"):
-        assert column(whole_log, name) == column(parts_log, name)
-    for i, state in whole["optimizer"]["state"].items():
-        assert torch.equal(state["exp_avg_sq"], parts["optimizer"]["state"][i]["exp_avg_sq"])
+@pytest.mark.parametrize("amp", ["bf16", "off"])
+def test_a_continued_run_keeps_its_precision_and_its_mean_and_std(whole_run, sounds, tmp_path, amp):
+    stopped, _ = read_run(whole_run)
+    stopped["progress"]["step"] = 18
+    stopped["settings"]["amp"] = amp  # as if it had begun on another machine
+    stopped["config"]["log_mel"]["mean"] = -5.0
+    torch.save(stopped, tmp_path / "last.pt")
+    continued, _ = pretrain(tmp_path, "--data", sounds, "--amp", "auto")
+    assert continued["settings"]["amp"] == amp
+    assert continued["config"]["log_mel"]["mean"] == -5
 
 
-def test_torchrun_restarts_a_run_whose_process_was_killed(tmp_path):
+def test_torchrun_restarts_a_run_whose_process_was_killed(launch, tmp_path):
     restarts = ["--max-restarts=3", "--monitor-interval=0.2"]
     flags = [*TINY, "--save-every", 5, "--out", tmp_path]
-    with start(*TORCHRUN, *restarts, "train.py", *flags) as launcher:
-        wait_for_step(tmp_path, 7)
-        os.kill(children(launcher)[-1], signal.SIGKILL)
-        assert launcher.wait(180) == 0
-    checkpoint, log = read_run(tmp_path)
-    assert checkpoint["step"] == 20
-    assert column(log, "step") == list(range(1, 21))
+    launcher = launch(*TORCHRUN, *restarts, "train.py", *flags)
+    wait_for_step(tmp_path, 7)
+    os.kill(children(launcher)[-1], signal.SIGKILL)
+    assert launcher.wait(180) == 0
+    _, log = read_run(tmp_path)
+    assert log["step"].tolist() == list(range(1, 21))
 
 
-def test_a_signal_to_all_processes_ends_a_run_within_the_step(tmp_path):
-    flags = [*TINY, "--steps", 100000, "--workers", 1, "--out", tmp_path]
-    with start("train.py", *flags, env={"PYTHONUNBUFFERED": ""}) as process:
-        while not process.stdout.readline().startswith("step 1 "):
-            assert process.poll() is None
-        for pid in [*children(process), process.pid]:  # as Slurm and Ctrl-C do
-            os.kill(pid, signal.SIGTERM)
-        assert "\n" == process.stderr.readline()  # to leave the line of the bar
-        assert "stopping after this step" in process.stderr.readline()
-        printed, _ = process.communicate(timeout=30)
+def test_a_signal_to_all_processes_ends_a_run_within_the_step(launch, tmp_path):
+    process = launch("train.py", *TINY, "--steps", 100000, "--workers", 1, "--out", tmp_path)
+    wait_for_step(tmp_path, 1)
+    for pid in [*children(process), process.pid]:  # as Slurm and Ctrl-C do
+        os.kill(pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
     assert process.returncode == 0
-    assert "of 100000 steps done" in printed
+    assert "stopping after this step" in errors
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] < 1000
 
 
-def test_a_signal_while_the_data_is_measured_is_heard(tmp_path):
-    with start("train.py", *TINY, "--workers", 2, "--out", tmp_path) as process:
-        assert "measuring" in process.stdout.readline()
-        process.send_signal(signal.SIGINT)
-        printed, _ = process.communicate(timeout=60)
+def test_a_signal_while_the_data_is_measured_is_heard(launch, tmp_path):
+    process = launch("train.py", *TINY, "--workers", 2, "--out", tmp_path)
+    assert "measuring" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "of 20 steps done" in printed
 
 
-def test_a_second_signal_ends_a_run_that_hangs(tmp_path):
-    folder = corpus(tmp_path / "c", 2)
-    os.mkfifo(folder / "hangs.wav")  # reading it never returns
-    flags = [*TINY, "--data", folder, "--workers", 1, "--out", tmp_path / "out"]
-    with start("train.py", *flags) as process:
-        assert "measuring" in process.stdout.readline()
-        process.send_signal(signal.SIGTERM)
-        time.sleep(5.5)
+def test_a_second_signal_ends_a_run_that_hangs(launch, tmp_path):
+    pipe = corpus(tmp_path / "c", 2) / "hangs.wav"
+    os.mkfifo(pipe)  # reading it hangs
+    flags = [*TINY, "--data", pipe.parent, "--workers", 1, "--out", tmp_path]
+    process = launch("train.py", *flags)
+    assert "measuring" in process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    time.sleep(5.5)
+    (worker,) = children(process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 128 + signal.SIGTERM
+    os.kill(worker, signal.SIGKILL)  # it still hangs
+
+
+def test_lines_come_at_once_and_a_reader_who_goes_away_ends_nothing(launch, tmp_path):
+    process = launch("train.py", *TINY, "--steps", 100000, "--log-every", 20, "--out", tmp_path)
+    while not process.stdout.readline().startswith("step 1 "):
         assert process.poll() is None
-        (worker,) = children(process)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 128 + signal.SIGTERM
-    time.sleep(1)
-    state = subprocess.run(["ps", "-o", "stat=", "-p", str(worker)], capture_output=True, text=True)
-    assert state.stdout == "" or state.stdout.startswith("Z")  # gone, or dead and not yet buried
+    process.stdout.close()
+    wait_for_step(tmp_path, 1)
+    logged = (tmp_path / "log.csv").read_text().count("\n") - 1
+    assert logged < 5
+    wait_for_step(tmp_path, 20 * logged + 20)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
 
 
-def test_a_killed_worker_ends_a_run_and_the_line_says_what_helps(tmp_path):
-    flags = [*TINY, "--steps", 100000, "--workers", 1, "--out", tmp_path]
-    with start("train.py", *flags) as process:
-        wait_for_step(tmp_path, 3)
-        (worker,) = children(process)
-        os.kill(worker, signal.SIGKILL)
-        _, errors = process.communicate(timeout=30)
+def test_a_killed_worker_ends_a_run_and_the_line_says_what_helps(launch, tmp_path):
+    process = launch("train.py", *TINY, "--steps", 100000, "--workers", 1, "--out", tmp_path)
+    wait_for_step(tmp_path, 3)
+    (worker,) = children(process)
+    os.kill(worker, signal.SIGKILL)
+    _, errors = process.communicate(timeout=30)
     assert process.returncode == 1
     (line,) = errors.splitlines()
-    assert "killed" in line or "exited" in line
     assert "fewer --workers" in line
 
 
 @pytest.mark.parametrize(
-    "workers, code, hints",
-    [(0, 1, ["cannot write", "last.pt"]), (1, 2, ["--shm-size", "--workers 0"])],
+    "workers, code, hint", [(0, 1, "cannot write .*last.pt"), (1, 2, "--shm-size.* --workers 0")]
 )
-def test_a_full_disk_or_shared_memory_is_said_in_one_line(tmp_path, workers, code, hints):
-    def small_files():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
-
-    flags = [*TINY, "--steps", 1, "--warmup", 0, "--workers", workers, "--out", tmp_path]
-    done = run_python("train.py", *flags, code=code, preexec_fn=small_files)
-    (line,) = done.stderr.splitlines()
-    assert all(hint in line for hint in hints)
+def test_a_full_disk_or_shared_memory_is_said_in_one_line(tmp_path, workers, code, hint):
+    limit = "from resource import *; setrlimit(RLIMIT_FSIZE, (2**20, 2**20))"
+    program = f"{limit}; import train; train.main()"
+    flags = [*TINY, "--steps", 1, "--workers", workers, "--out", tmp_path]
+    (line,) = run_python("-c", program, *flags, code=code).stderr.splitlines()
+    assert re.search(hint, line)
     assert not (tmp_path / "last.pt").exists()
 
 
@@ -1207,53 +992,21 @@ def test_whole_file_keeps_what_was_there_when_writing_fails(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_checkpoints_are_kept_under_their_step_without_the_optimizer(tmp_path):
-    before = signal.getsignal(signal.SIGTERM)
-    pretrain(tmp_path, "--save-every", 8)
-    assert signal.getsignal(signal.SIGTERM) is before
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["last.pt", "log.csv", "step-0000008.pt", "step-0000016.pt"]
-    kept = torch.load(tmp_path / "step-0000008.pt", weights_only=True)
-    assert kept["step"] == 8
-    assert "optimizer" not in kept
+def test_checkpoints_are_kept_under_their_step_without_the_optimizer(whole_run):
+    kept = sorted(path.name for path in whole_run.glob("*.pt"))
+    assert kept == ["last.pt", "step-0000008.pt", "step-0000016.pt"]
+    checkpoint = torch.load(whole_run / "step-0000008.pt", weights_only=True)
+    assert checkpoint["step"] == 8
+    assert "optimizer" not in checkpoint
 
 
-def test_a_changed_setting_is_named_and_refused(tmp_path, capsys, reference):
-    torch.save(reference[0], tmp_path / "last.pt")
-    changes = [
-        ["--lr", "0.001"],
-        ["--seed", "1"],
-        ["--mask-ratio", "0.3", "0.6"],
-        ["--model", "small"],
-        ["--steps", "30"],
-        ["--amp", "bf16"],
-        ["--data", str(corpus(tmp_path / "c"))],
-    ]
-    for change in changes:
-        line = error_line(capsys, *TINY, "--out", tmp_path, *change)
-        assert change[0] in line
-        assert f"--init {tmp_path}/last.pt" in line  # which is the way to change it
-
-
-def test_init_begins_with_weights_of_its_size(tmp_path, capsys, reference):
-    torch.save(reference[0], tmp_path / "other.pt")
-    flags = ["--steps", 2, "--warmup", 1, "--lr", 1e-6, "--seed", 5]
-    checkpoint, _ = pretrain(tmp_path / "out", *flags, "--init", tmp_path / "other.pt")
-    assert checkpoint["step"] == 2
-    assert same_weights(checkpoint, reference[0], tolerance=1e-4)
-    only_target = {
-        n: v for n, v in reference[0].items() if n not in ("context_encoder", "predictor")
-    }
-    torch.save(only_target, tmp_path / "small.pt")
-    flags = ["--steps", 2, "--warmup", 1, "--lr", 1e-6, "--init", tmp_path / "small.pt"]
-    checkpoint, _ = pretrain(tmp_path / "small", *flags)
-    for name in ("context_encoder", "target_encoder"):
-        weight = checkpoint[name]["blocks.0.mlp.fc1.weight"]
-        expected = reference[0]["target_encoder"]["blocks.0.mlp.fc1.weight"]
-        assert torch.allclose(weight, expected, atol=1e-4)
-    flags = [*TINY, "--out", tmp_path / "b", "--init", tmp_path / "other.pt"]
-    assert "--model small" in error_line(capsys, *flags, "--model", "small")
-    assert "positions sincos" in error_line(capsys, *flags, "--positions", "rotary")
+def test_init_takes_the_small_weights_of_the_repository(tmp_path):
+    flags = "--steps 2 --lr 1e-6 --positions rotary --init".split()
+    checkpoint, _ = pretrain(tmp_path, *flags, SMALL_WEIGHTS)
+    stored = torch.load(SMALL_WEIGHTS, weights_only=True)["target_encoder"]
+    for network in ("context_encoder", "target_encoder"):
+        weight = checkpoint[network]["blocks.0.mlp.fc1.weight"]
+        assert_close(weight, stored["blocks.0.mlp.fc1.weight"].float(), rtol=0, atol=1e-4)
 
 
 # ---- Choices
@@ -1262,225 +1015,162 @@ def test_init_begins_with_weights_of_its_size(tmp_path, capsys, reference):
 @pytest.mark.parametrize(
     "flags",
     [
-        "--mask block --loss cosine",
+        "--mask block --loss cosine --data {packed}",
         "--amp bf16 --sample-rate 16000",
         "--positions rotary --target-norm clip --ema 0.99 --ema-end 0.999",
     ],
 )
-def test_every_choice_trains(tmp_path, flags):
-    _, log = pretrain(tmp_path, *flags.split())
-    assert float(log[-1]["loss"]) < float(log[0]["loss"])
-    assert log[-1]["skipped"] == "0"
+def test_every_choice_trains(tmp_path, packed, flags):
+    _, log = pretrain(tmp_path, *flags.format(packed=packed).split())
+    assert log["loss"][-1] < log["loss"][0]
+    assert log["skipped"][-1] == 0
 
 
-def test_a_recipe_sets_flags_and_the_command_line_has_the_last_word(tmp_path, capsys):
-    out = ["--steps", "1", "--batch-size", "2", "--workers", "0", "--out", str(tmp_path)]
-    train.main(["--recipe", "small", *out, "--lr", "1e-4"])
-    settings = train.load_checkpoint(tmp_path / "last.pt")["settings"]
-    assert settings["model"] == "tiny"
-    assert settings["target_norm"] == "clip"
-    assert settings["lr"] == 1e-4
-    assert settings["warmup"] == 0  # cut, because it would fill the run
-    printed = capsys.readouterr().out
-    assert "--model tiny" in printed
-    assert "--warmup 1000 is not below --steps 1" in printed
-
-
-def test_auto_precision_is_kept_when_a_run_is_continued(tmp_path):
-    stopped, _ = interrupted(tmp_path, 5, "--amp", "auto")
-    chosen = stopped["settings"]["amp"]
-    other = {"bf16": "off", "off": "bf16"}[chosen]
-    stopped["settings"]["amp"] = other  # as if it had begun on another machine
-    torch.save(stopped, tmp_path / "last.pt")
-    checkpoint, _ = pretrain(tmp_path, "--amp", "auto")
-    assert checkpoint["settings"]["amp"] == other
+def test_a_recipe_sets_flags_and_the_command_line_has_the_last_word(capsys):
+    args = train.parse_args("--recipe small --steps 1 --lr 1e-4".split())
+    assert [args.model, args.target_norm, args.lr] == ["tiny", "clip", 1e-4]
+    assert args.warmup == 0
+    assert "--warmup 1000 is not below --steps 1" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_compiled_networks_train_like_eager_ones(tmp_path, monkeypatch):
-    sizes = {"dim": 32, "heads": 2, "depth": 1}
-    sizes |= {"predictor_dim": 16, "predictor_heads": 2, "predictor_depth": 1}
-    monkeypatch.setitem(PRESETS, "tiny", JEPAConfig(**sizes))
-    flags = ["--steps", "3", "--batch-size", "4", "--mask-ratio", "0.5", "0.5"]
-    _, eager = pretrain(tmp_path / "eager", *flags)
-    checkpoint, compiled = pretrain(tmp_path / "compiled", *flags, "--compile")
-    assert column(compiled, "loss") == pytest.approx(column(eager, "loss"), rel=1e-3)
-    config = JEPAConfig(**checkpoint["config"]["model"])
-    VisionTransformer(config).load_state_dict(checkpoint["context_encoder"])  # no _orig_mod.
+def test_compiled_networks_train_like_eager_ones_under_the_same_names(tmp_path, monkeypatch):
+    monkeypatch.setitem(
+        PRESETS, "tiny", dataclasses.replace(SMALL, mel_bins=128, depth=1, predictor_depth=1)
+    )
+    flags = ["--steps", 3, "--mask-ratio", 0.5, 0.5]
+    eager, eager_log = pretrain(tmp_path / "eager", *flags)
+    compiled, log = pretrain(tmp_path / "compiled", *flags, "--compile")
+    assert log["loss"] == pytest.approx(eager_log["loss"], rel=1e-3)
+    for network in ("context_encoder", "target_encoder", "predictor"):
+        assert compiled[network].keys() == eager[network].keys()  # no _orig_mod.
 
 
 # ---- Bad input and bad luck
 
 
-def test_a_nan_that_one_process_reads_makes_all_skip_the_step(tmp_path):
-    frames = np.random.default_rng(0).standard_normal((64, 128))
-    frames[32:] = math.nan
-    order = list(data.clip_order(640, 0, 32, range(20), [slice(0, 32)]))
-    bad = [i for _, i in order[9][:4]]  # of the first process, after mean and std are measured
-    starts = [32 if i in bad else 0 for i in range(640)]
-    folder = packed(tmp_path / "p", frames, starts, length=32)
-    flags = [*TINY, "--batch-size", 32, "--data", folder, "--out", tmp_path / "out"]
-    run_python(*TORCHRUN, "train.py", *flags)
+def test_a_bad_recording_is_listed_once_and_counted_each_time(whole_run):
+    _, log = read_run(whole_run)
+    (line,) = (whole_run / "bad_files.txt").read_text().splitlines()
+    assert line.startswith("bad.wav\t")
+    assert log["bad_files"][-1] >= 5
+
+
+def test_a_gradient_that_one_process_makes_infinite_is_skipped_by_all(launch, tmp_path):
+    folder = corpus(tmp_path / "c", 20, seconds=1.25)
+    flags = ["--data", folder]
+    interrupt(launch, signal.SIGTERM, 3, tmp_path / "out", *flags)
+    soundfile.write(folder / "000.wav", 1e30 * noise(1.25), 32000, subtype="FLOAT")  # overflows
+    run_python(*TORCHRUN, "train.py", *TINY, "--out", tmp_path / "out", *flags)
     _, log = read_run(tmp_path / "out")
+    skipped = np.isnan(log["loss"])
+    first = skipped.argmax()
+    assert log["skipped"][-1] == skipped.sum() > 0
     # A process that did not skip would have weights of NaN, and no further step would be finite.
-    assert column(log, "skipped") == [0] * 9 + [1] * 11
+    assert not skipped[first:].all()
 
 
-def test_lines_are_printed_as_they_come_and_a_reader_who_goes_away_ends_nothing(tmp_path):
-    flags = [*TINY, "--steps", 100000, "--log-every", 20, "--out", tmp_path]
-    with start("train.py", *flags, env={"PYTHONUNBUFFERED": ""}) as process:
-        while not process.stdout.readline().startswith("step 1 "):
-            assert process.poll() is None
-        process.stdout.close()
-        wait_for_step(tmp_path, 1)
-        logged = (tmp_path / "log.csv").read_text().count("\n") - 1
-        wait_for_step(tmp_path, 20 * logged + 20)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
-    assert logged < 5
-    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] > 20 * logged
+TRAIN_REFUSES = """
+2  --data {wrong}/nowhere                   nowhere
+2  --data {wrong}/text                      text: no audio found
+2  --data {wrong}/list.txt                  list.txt: 1 of its 1 lines name no file
+2  --data {wrong}/audioset.csv              give a folder, a list
+2  --data {wrong}/x.bin                     x.bin
+2  --data {wrong}/bad                       ten recordings in a row
+1  --data {wrong}/mostly --steps 40         reads of recordings failed
+1  --lr 1e38 --steps 40                     no finite gradient in 20 steps
+2  --data {packed} --sample-rate 16000      packed at 32000 Hz, not at 16000
+2  --data {wrong}/part                      is not whole
+2  --batch-size 10 --accum 4                --accum 4
+2  --steps many                             --steps
+2  --sample-rate 44100                      a multiple of 128
+2  --clip-seconds 4                         a multiple of 0.625
+2  --mask-ratio 0 0.5                       --mask-ratio
+2  --mask-ratio 0.5 0.98                    not all
+2  --mask-ratio 0.6 0.4                     --mask-ratio
+2  --ema 1.01                               between 0 and 1
+2  --model huge                             huge
+2  --nonsense                               --nonsense
+2  --out /proc/runs                         /proc/
+2  --init {wrong}/nowhere.pt                nowhere.pt
+2  --init {run}/last.pt --model small       --model small
+2  --init {run}/last.pt --positions rotary  positions sincos
+2  --out {run} --lr 0.001                   --lr is 0.001, but 0.0003
+2  --out {run} --seed 1                     --seed is 1
+2  --out {run} --mask-ratio 0.3 0.6         --mask-ratio is
+2  --out {run} --steps 30                   use --init {run}/last.pt
+2  --out {run}                              --data is synthetic
+2  --out {run} --data {sounds} --amp bf16   --amp is bf16, but off
+2  --out {wrong}/half                       last.pt: not a checkpoint
+2  --out {wrong}/void                       last.pt: not a checkpoint
+2  --out {wrong}/text                       last.pt: not a checkpoint
+2  --out {wrong}/old                        of the format audio-jepa 1, not audio-jepa 2
+2  --out {wrong}/kept --data {sounds}       no optimizer: use --init {wrong}/kept/last.pt
+2  --out {wrong}/lost                       a run without its last.pt
+"""
 
 
-def test_a_bad_recording_is_listed_once(tmp_path):
-    folder = corpus(tmp_path / "c", 30, seconds=1.25)
-    for name in ("bad.wav", "d.wav"):
-        break_file(folder / name)
-    _, log = pretrain(tmp_path / "out", "--data", folder)
-    lines = (tmp_path / "out" / "bad_files.txt").read_text().splitlines()
-    assert sorted(line.split("\t")[0] for line in lines) == ["bad.wav", "d.wav"]
-    assert int(log[-1]["bad_files"]) >= 5  # each was met once an epoch
+@pytest.fixture(scope="module")
+def wrong(whole_run, packed, tmp_path_factory):
+    """Data that cannot be used, and runs that cannot be continued."""
+    folder = tmp_path_factory.mktemp("wrong")
+    contents = {
+        "list.txt": b"gone.wav",
+        "audioset.csv": b"# Segments csv\n--aE2O5G5WE, 0.0, 10.0\n",
+        "x.bin": b"\0",
+        "bad/x.wav": b"no audio",
+        "mostly/x.wav": b"no audio",
+        "half/last.pt": (whole_run / "last.pt").read_bytes()[: 2**20],
+        "void/last.pt": b"",
+        "text/last.pt": b"text",
+        "lost/step-0000008.pt": b"",
+    }
+    for name, content in contents.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+    checkpoint, _ = read_run(whole_run)
+    del checkpoint["optimizer"]
+    for name in ("kept", "old"):
+        (folder / name).mkdir()
+        torch.save(checkpoint, folder / name / "last.pt")
+        checkpoint["format"] = "audio-jepa 1"
+    write_level(folder / "mostly" / "y.wav", 0.5)
+    shutil.copytree(packed, folder / "part")
+    os.truncate(folder / "part" / "frames.f16", 1000)
+    return folder
 
 
-@pytest.mark.parametrize(
-    "bad, good, hint",
-    [
-        ("nan frames", 0, "20 steps"),
-        ("text", 4, "reads of"),
-        ("text", 0, "ten recordings in a row"),
-    ],
-)
-def test_data_that_is_mostly_bad_stops_a_run(tmp_path, capsys, bad, good, hint):
-    if bad == "nan frames":
-        packed(tmp_path / "c", np.full((300, 128), math.nan))
-    else:
-        corpus(tmp_path / "c", good)
-        for i in range(2):
-            break_file(tmp_path / "c" / f"bad {i}.wav")
-    flags = [*TINY, "--steps", 40, "--data", tmp_path / "c", "--out", tmp_path / "out"]
-    code = 2 if good == 0 and bad == "text" else 1  # at once, while mean and std are measured
-    assert hint in error_line(capsys, *flags, code=code)
-    assert not (tmp_path / "out" / "last.pt").exists()
-
-
-@pytest.mark.parametrize(
-    "flags, hint",
-    [
-        ("--data {tmp}/nowhere", "nowhere"),
-        ("--data {tmp}/empty", "empty"),
-        ("--data {tmp}/list.txt", "list.txt"),
-        ("--data {tmp}/x.bin", "x.bin"),
-        ("--init {tmp}/nowhere.pt", "nowhere.pt"),
-        ("--batch-size 10 --accum 4", "--accum 4"),
-        ("--steps many", "--steps"),
-        ("--sample-rate 44100", "a multiple of 128"),
-        ("--clip-seconds 4", "a multiple of 0.625"),
-        ("--mask-ratio 0 0.5", "--mask-ratio"),
-        ("--mask-ratio 0.01 0.03", "must mask some"),  # of 16 patches
-        ("--mask-ratio 0.5 0.98", "not all"),
-        ("--mask-ratio 0.6 0.4", "--mask-ratio"),
-        ("--ema 1.01", "between 0 and 1"),
-        ("--ema-end nan", "between 0 and 1"),
-        ("--out /proc/runs", "/proc/"),
-        ("--out /proc", "/proc/"),
-        ("--model huge", "huge"),
-        ("--nonsense", "--nonsense"),
-    ],
-)
-def test_what_is_wrong_with_the_flags_or_the_data_is_said_in_one_line(
-    tmp_path, capsys, flags, hint
+@pytest.mark.parametrize("row", TRAIN_REFUSES.strip().splitlines())
+def test_train_py_says_in_one_line_what_is_wrong(
+    capsys, tmp_path, sounds, packed, whole_run, wrong, row
 ):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "list.txt").write_text("gone.wav\n")
-    (tmp_path / "x.bin").write_bytes(b"\0")
-    flags = flags.format(tmp=tmp_path).split()
-    assert hint in error_line(capsys, *TINY, "--out", tmp_path / "out", *flags)
+    row = row.format(sounds=sounds, packed=packed, run=whole_run, wrong=wrong)
+    code, flags, hint = re.split("   *", row)
+    line = refusal(capsys, train.main, [*TINY, "--out", tmp_path, *flags.split()], int(code))
+    assert hint in line
+    assert not (tmp_path / "last.pt").exists()
 
 
-@pytest.mark.parametrize(
-    "damage, hint",
-    [
-        ("half", "last.pt: not a checkpoint"),
-        ("empty", "last.pt: not a checkpoint"),
-        ("text", "last.pt: not a checkpoint"),
-        ("another format", "last.pt: of the format audio-jepa 1, not audio-jepa 2"),
-        ("no optimizer", "no optimizer: use --init {tmp}/last.pt"),
-        ("lost", "a run without its last.pt"),
-    ],
-)
-def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path, capsys, reference, damage, hint):
-    path = tmp_path / "last.pt"
-    kept = dict(reference[0])
-    if damage == "another format":
-        kept["format"] = "audio-jepa 1"
-    del kept["optimizer"]
-    torch.save(kept, path)
-    if damage == "half":
-        os.truncate(path, path.stat().st_size // 2)
-    elif damage == "empty":
-        path.write_bytes(b"")
-    elif damage == "text":
-        path.write_bytes(b"text")
-    elif damage == "lost":
-        path.rename(tmp_path / "step-0000008.pt")
-    assert hint.format(tmp=tmp_path) in error_line(capsys, *TINY, "--out", tmp_path)
-
-
-def environment_of(rank, port):
-    """What torchrun sets on the second of two machines of one process each, or on the first."""
-    numbers = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-    numbers |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return {name: str(number) for name, number in numbers.items()}
-
-
-def test_a_process_that_fails_alone_says_so(tmp_path):
-    env = environment_of(1, 29500)
-    flags = [*TINY, "--out", tmp_path, "--data", tmp_path / "away"]
-    (line,) = run_python("train.py", *flags, code=2, env=env).stderr.splitlines()
-    assert line.startswith("error: process 1: ")
-    assert "away" in line
-    del env["LOCAL_RANK"]
-    (line,) = run_python("train.py", *flags, code=2, env=env).stderr.splitlines()
-    assert "start it with torchrun" in line
-
-
-@pytest.mark.parametrize("setting", ["step", "seed"])
-def test_processes_that_disagree_end_together(tmp_path, reference, setting):
-    flags = [["--out", tmp_path / "0"], ["--out", tmp_path / "1"]]
-    if setting == "step":
-        (tmp_path / "0").mkdir()
-        torch.save(reference[0], tmp_path / "0" / "last.pt")
-    else:
-        flags[1] += ["--seed", 1]
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
-    runs = []
+@pytest.mark.parametrize("setting, out", [("seed", "new --seed $RANK"), ("step", "$RANK")])
+def test_processes_that_disagree_end_together(whole_run, sounds, tmp_path, setting, out):
+    shutil.copytree(whole_run, tmp_path / "0")
+    program = [sys.executable, "train.py", *TINY, "--data", sounds, "--out", tmp_path / out]
+    program = " ".join(map(str, program))
+    done = run_python(*TORCHRUN, "--no-python", "bash", "-c", program, code=1)
     for rank in range(2):
-        runs.append(start("train.py", *TINY, *flags[rank], env=environment_of(rank, port)))
-    try:
-        for rank in range(2):
-            _, errors = runs[rank].communicate(timeout=120)
-            assert runs[rank].returncode == 2
-            (line,) = errors.splitlines()
-            assert line.startswith(f"error: process {rank}: {setting} is ")
-    finally:
-        for process in runs:
-            process.kill()
+        assert f"error: process {rank}: {setting} is " in done.stderr
 
 
-def test_world_size_without_a_launcher_is_one_process(tmp_path):
-    run_python("train.py", *TINY, "--steps", 6, "--out", tmp_path, env={"WORLD_SIZE": "4"})
-    assert read_run(tmp_path)[0]["step"] == 6
+def test_processes_without_torchrun_are_told_to_use_it(capsys, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.setenv(name, "2")
+    assert "start it with torchrun" in refusal(capsys, train.main, TINY)
+
+
+def test_world_size_without_a_launcher_is_one_process(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    _, log = pretrain(tmp_path, "--steps", 1)
+    assert log["step"] == 1
 
 
 # ================================================================================================
@@ -1489,20 +1179,15 @@ def test_world_size_without_a_launcher_is_one_process(tmp_path):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """The paper's excerpts and patches, in a format that has to stay."""
+    """A small network with the paper's excerpts and patches."""
     torch.manual_seed(0)
-    sizes = {"time_bins": 256, "mel_bins": 128, "patch_size": (16, 16)}
-    sizes |= {"dim": 64, "depth": 2, "heads": 1}
-    predictor = {"predictor_dim": 96, "predictor_depth": 4, "predictor_heads": 3, "mlp_ratio": 4.0}
-    log_mel = {"sample_rate": 32000, "clip_seconds": 10.0, "time_bins": 256, "mel_bins": 128}
-    config = JEPAConfig(**sizes, **predictor)
+    sizes = {"dim": 64, "depth": 2, "heads": 1}
     stored = {
         "format": "audio-jepa 2",
         "step": 3,
-        "config": {"model": sizes | predictor, "log_mel": log_mel | {"mean": -7.0, "std": 4.0}},
+        "config": {"model": sizes, "log_mel": {"mean": -7.0, "std": 4.0}},
         "settings": {"amp": "off"},
-        "target_encoder": VisionTransformer(config).state_dict(),
-        "context_encoder": VisionTransformer(config).state_dict(),
+        "target_encoder": VisionTransformer(JEPAConfig(**sizes)).state_dict(),
     }
     path = tmp_path_factory.mktemp("checkpoint") / "last.pt"
     torch.save(stored, path)
@@ -1537,36 +1222,18 @@ def embeddings(checkpoint, path, out, *flags):
 
 
 @pytest.fixture(scope="module")
-def by_clip(checkpoint, recordings, tmp_path_factory):
-    return embeddings(checkpoint, recordings, tmp_path_factory.mktemp("clip") / "e.npz")
-
-
-@pytest.fixture(scope="module")
-def by_time(checkpoint, recordings, tmp_path_factory):
-    out = tmp_path_factory.mktemp("time") / "e.npz"
-    return embeddings(checkpoint, recordings, out, "--pool", "time")
-
-
-def same_rows(one, other):
-    return one.shape == other.shape and np.abs(one - other).max() < 1e-5
-
-
-def extract_error(capsys, *flags):
-    """The one line that extract.py says before it exits with code 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        run_extract(*flags)
-    assert stopped.value.code == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1
-    return lines[0]
+def pooled(checkpoint, recordings, tmp_path_factory):
+    """Embeddings of the recordings, by clip and by time."""
+    out = tmp_path_factory.mktemp("pooled") / "e.npz"
+    by_clip = embeddings(checkpoint, recordings, out)
+    return by_clip, embeddings(checkpoint, recordings, out, "--pool", "time")
 
 
 # ---- The encoder as a module: only sound is encoded; X-ARES, fine-tuning
 
 
 @pytest.mark.parametrize(
-    "samples,rows", [(1000, 1), (50000, 3), (320000, 16), (320001, 17), (600 * 32000, 960)]
+    "samples, rows", [(1000, 1), (50000, 3), (320000, 16), (320001, 17), (600 * 32000, 960)]
 )
 def test_a_waveform_gives_a_row_for_each_625_ms_that_it_reaches_into(encoder, samples, rows):
     made = encoder(torch.randn(1, samples))
@@ -1575,57 +1242,48 @@ def test_a_waveform_gives_a_row_for_each_625_ms_that_it_reaches_into(encoder, sa
     assert made.isfinite().all()
 
 
-@pytest.mark.parametrize("samples", [1000, 50000, 330000])
-def test_padding_changes_no_row_and_has_rows_of_zeros(encoder, samples):
-    waveform = torch.randn(1, samples)
-    alone = encoder(waveform)
-    others = torch.randn(2, 700000)
-    padded = torch.cat([others, F.pad(waveform, (0, 700000 - samples))])
-    rows = encoder(padded)
-    assert torch.allclose(rows[2, : alone.shape[1]], alone[0], atol=1e-5)
-    assert not rows[2, alone.shape[1] :].any()
-
-
-def test_silence_in_a_recording_is_encoded_like_any_other_sound(encoder):
-    waveform = torch.cat([torch.randn(1, 40000), torch.zeros(1, 80000), torch.randn(1, 40000)], 1)
-    rows = encoder(waveform)
-    assert rows.abs().amax(2).min() > 0
-    without_the_end = encoder(waveform[:, :120000])  # ends in zeros, which could be padding
-    assert not without_the_end[:, 2:].any()
-    known = encoder(waveform[:, :120000], lengths=torch.tensor([120000]))
-    assert known.abs().amax(2).min() > 0
-    assert encoder(torch.zeros(1, 40000)).abs().amax(2).min() > 0  # nothing but silence
-
-
 def test_rows_come_from_the_tokens_that_hold_sound_alone(encoder):
     """By hand: 1 s reaches into two rows of 625 ms, 16 of the 128 tokens of 10 s."""
     waveform = torch.randn(1, 32000)
     spectrogram = encoder.log_mel(F.pad(waveform, (0, 9 * 32000)))
     tokens = encoder.network(spectrogram, torch.arange(16).unsqueeze(0))
-    assert torch.allclose(encoder(waveform), tokens.view(1, 2, 512), atol=1e-5)
+    assert_close(encoder(waveform), tokens.view(1, 2, 512))
 
 
-def test_xares_finds_one_encoder():
-    names = [name for name in dir(extract) if name.endswith("Encoder")]
-    assert names == ["AudioJEPAEncoder"]
+@pytest.mark.parametrize("samples", [1000, 330000])
+def test_padding_changes_no_row_and_has_rows_of_zeros(encoder, samples):
+    waveform = torch.randn(1, samples)
+    alone = encoder(waveform)[0]
+    others = torch.randn(2, 700000)
+    padded = torch.cat([others, F.pad(waveform, (0, 700000 - samples))])
+    rows = encoder(padded)[2]
+    assert_close(rows[: len(alone)], alone)
+    assert not rows[len(alone) :].any()
 
 
-@pytest.mark.parametrize("bands,width", [("concat", 512), ("mean", 64)])
-def test_xares_builds_the_encoder_without_arguments(checkpoint, monkeypatch, bands, width):
+def test_only_zeros_at_the_end_are_padding_unless_lengths_are_given(encoder):
+    def encoded(*parts, lengths=None):
+        return encoder(torch.cat(parts, 1), lengths)[0].any(1).tolist()
+
+    sound = torch.randn(1, 40000)  # in two rows
+    zeros = torch.zeros(1, 40000)
+    assert encoded(sound, zeros) == [True, True, False, False]
+    assert all(encoded(sound, zeros, lengths=torch.tensor([80000])))
+    assert all(encoded(sound, zeros, sound))
+    assert all(encoded(zeros))  # nothing but silence
+
+
+def test_xares_finds_one_encoder_and_builds_it_in_a_spawned_process(
+    checkpoint, encoder, monkeypatch
+):
+    (name,) = [name for name in dir(extract) if name.endswith("Encoder")]
     monkeypatch.setenv("AUDIO_JEPA_CHECKPOINT", str(checkpoint))
-    monkeypatch.setenv("AUDIO_JEPA_BANDS", bands)
-    encoder = extract.AudioJEPAEncoder()
-    assert encoder.sampling_rate == 32000
-    assert encoder.hop_size_in_ms == 625
-    assert encoder.output_dim == width
-    assert encoder(torch.randn(1, 1000)).shape == (1, 1, width)
-
-
-def test_the_encoder_travels_to_a_spawned_process(encoder):
-    waveform = torch.randn(1, 50000)
+    monkeypatch.setenv("AUDIO_JEPA_BANDS", "mean")
     with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
-        made = pool.apply(encoder, (waveform,))
-    assert torch.allclose(made, encoder(waveform), atol=1e-5)
+        made = pool.apply(getattr(extract, name))
+    assert [made.sampling_rate, made.hop_size_in_ms, made.output_dim] == [32000, 625, 64]
+    waveform = torch.randn(1, 50000)
+    assert_close(made(waveform), encoder(waveform).unflatten(2, (8, 64)).mean(2))
 
 
 def test_the_encoder_is_frozen_until_its_user_lifts_that(checkpoint):
@@ -1634,127 +1292,85 @@ def test_the_encoder_is_frozen_until_its_user_lifts_that(checkpoint):
     encoder.requires_grad_(True).train()
     rows = encoder(torch.randn(2, 50000))
     (rows * torch.randn_like(rows)).sum().backward()
-    for name, parameter in encoder.named_parameters():
-        assert parameter.grad.abs().max() > 0, name
+    assert all(parameter.grad.any() for parameter in encoder.parameters())
 
 
-def test_the_autocast_of_the_caller_does_not_reach_the_encoder(encoder):
-    waveform = torch.randn(2, 50000)
-    with torch.autocast("cpu", torch.bfloat16):
-        made = encoder(waveform)
-    assert (made - encoder(waveform)).abs().max() < 1e-4
-
-
-@pytest.mark.parametrize("precision,error", [("half", 0.01), ("bfloat16", 0.05), ("double", 1e-4)])
-def test_the_encoder_works_in_other_precisions(encoder, precision, error):
+def test_the_encoder_works_in_other_precisions(encoder):
     waveform = torch.randn(2, 50000)
     expected = encoder(waveform)
-    made = getattr(copy.deepcopy(encoder), precision)()(waveform)
-    assert (made - expected).norm() < error * expected.norm()
+    made = copy.deepcopy(encoder).bfloat16()(waveform)
+    assert (made - expected).norm() < 0.05 * expected.norm()
 
 
-def test_the_encoder_computes_in_the_precision_of_its_training(checkpoint, tmp_path):
+def test_the_encoder_computes_in_the_precision_of_its_training(checkpoint, encoder, tmp_path):
     stored = torch.load(checkpoint, weights_only=True)
     stored["settings"] = {"amp": "bf16"}
     torch.save(stored, tmp_path / "bf16.pt")
-    waveform = torch.randn(1, 50000)
     in_bf16 = extract.load_encoder(tmp_path / "bf16.pt")
-    in_fp32 = extract.load_encoder(checkpoint)
-    assert not torch.allclose(in_bf16(waveform), in_fp32(waveform), atol=1e-4)
+    waveform = torch.randn(1, 50000)
+    assert not torch.allclose(in_bf16(waveform), encoder(waveform), atol=1e-4)
     in_bf16.amp = "off"
-    assert torch.equal(in_bf16(waveform), in_fp32(waveform))
+    assert torch.equal(in_bf16(waveform), encoder(waveform))
 
 
 # ---- Embeddings of a folder
 
 
-def test_embeddings_have_one_row_a_recording_in_sorted_order(by_clip):
+def test_embeddings_have_a_row_a_recording_and_tell_how_they_were_made(pooled):
+    by_clip, _ = pooled
     assert by_clip["embeddings"].shape == (6, 8 * 64)
-    assert by_clip["offsets"].tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert by_clip["offsets"].tolist() == list(range(7))
     assert by_clip["paths"].tolist() == [f"{n}.wav" for n in range(6)]
-
-
-def test_embeddings_tell_how_they_were_made(by_clip):
-    config = json.loads(by_clip["config"].item())
     assert by_clip["seconds"] == pytest.approx(SECONDS, abs=1e-4)
-    assert by_clip["sample_rate"] == 32000
-    assert by_clip["hop_ms"] == 625
-    assert by_clip["step"] == 3
-    assert config["model"]["dim"] == 64
+    numbers = [by_clip[name].item() for name in ("sample_rate", "hop_ms", "step")]
+    assert numbers == [32000, 625, 3]
+    config = json.loads(by_clip["config"].item())
     assert config["log_mel"]["mean"] == -7
-    assert [config["bands"], config["pool"]] == ["concat", "clip"]
+    assert config["bands"] == "concat"
 
 
 @pytest.mark.parametrize("flags", ["--batch-size 1", "--batch-size 5 --workers 2"])
 def test_rows_depend_on_neither_batching_nor_workers(
-    checkpoint, recordings, tmp_path, by_time, flags
+    checkpoint, recordings, tmp_path, pooled, flags
 ):
-    out = tmp_path / "e.npz"
-    made = embeddings(checkpoint, recordings, out, "--pool", "time", *flags.split())
-    assert same_rows(made["embeddings"], by_time["embeddings"])
+    flags = ["--pool", "time", *flags.split()]
+    made = embeddings(checkpoint, recordings, tmp_path / "e.npz", *flags)
+    assert_close(made["embeddings"], pooled[1]["embeddings"])
 
 
-def test_the_rows_of_a_folder_are_those_of_the_encoder(encoder, recordings, by_time):
+def test_the_rows_of_a_folder_are_those_of_the_encoder(encoder, recordings, pooled):
     waveform, _ = soundfile.read(recordings / "3.wav", dtype="float32")  # 0.7 s at 32 kHz
-    rows = encoder(torch.from_numpy(waveform).unsqueeze(0))[0].numpy()
-    begin, end = by_time["offsets"][3:5]
-    assert same_rows(by_time["embeddings"][begin:end], rows)
+    rows = encoder(torch.from_numpy(waveform).unsqueeze(0))
+    begin, end = pooled[1]["offsets"][3:5]
+    assert_close(pooled[1]["embeddings"][begin:end], rows[0].numpy())
 
 
-def test_pooled_by_time_there_is_a_row_for_each_625_ms_that_a_recording_reaches_into(by_time):
-    rows = np.diff(by_time["offsets"])
-    assert rows.tolist() == [math.ceil(seconds / 0.625) for seconds in SECONDS]
-    assert by_time["offsets"][-1] == len(by_time["embeddings"])
-
-
-def test_rows_are_pooled_to_their_mean_by_the_sound_in_them(by_time, by_clip):
-    for n in range(6):
-        rows = by_time["embeddings"][by_time["offsets"][n] : by_time["offsets"][n + 1]]
-        weights = np.ones((len(rows), 1))
+def test_rows_are_pooled_to_their_mean_by_the_sound_in_them(pooled):
+    by_clip, by_time = pooled
+    recordings = np.split(by_time["embeddings"], by_time["offsets"][1:-1])
+    for n, rows in enumerate(recordings):
+        assert len(rows) == math.ceil(SECONDS[n] / 0.625)
+        weights = np.ones(len(rows))
         weights[-1] = SECONDS[n] / 0.625 - (len(rows) - 1)  # the share of the last that holds sound
-        mean = (weights * rows).sum(0) / weights.sum()
-        assert same_rows(by_clip["embeddings"][n], mean)
+        mean = np.average(rows, axis=0, weights=weights)
+        assert np.abs(by_clip["embeddings"][n] - mean).max() < 1e-5
 
 
-def test_bands_mean_is_the_mean_of_the_bands_of_concat(checkpoint, recordings, tmp_path, by_clip):
-    made = embeddings(checkpoint, recordings, tmp_path / "e.npz", "--bands", "mean")
-    assert same_rows(made["embeddings"], by_clip["embeddings"].reshape(6, 8, 64).mean(1))
-
-
-def test_a_recording_is_pooled_as_soon_as_it_is_done(encoder, recordings):
-    args = SimpleNamespace(batch_size=1, workers=0, skip_bad=False)
-    files = data.AudioFiles(recordings, 32000)
-    names = [files.name(i) for i, _, _, _ in extract.embed(encoder, files, args)]
-    assert names == [f"{n}.wav" for n in range(6)]
-    first = next(extract.embed(encoder, files, args))
-    assert first[1] == round(32000 * SECONDS[0])
-
-
-@pytest.fixture
-def with_bad(recordings, tmp_path):
-    """The recordings, and two that cannot be used."""
-    shutil.copytree(recordings, tmp_path / "all")
+def test_a_bad_recording_is_named_and_left_out_as_a_whole_with_skip_bad(
+    checkpoint, recordings, tmp_path, pooled, capsys
+):
+    folder = tmp_path / "all"
+    shutil.copytree(recordings, folder)
     sound = noise(31)
     sound[-100] = np.nan  # in the last of four excerpts
-    soundfile.write(tmp_path / "all" / "3b.wav", sound, 32000, subtype="FLOAT")
-    (tmp_path / "all" / "4b.wav").write_text("no sound")
-    return tmp_path / "all"
-
-
-def test_a_bad_recording_is_named_and_nothing_is_written(checkpoint, with_bad, tmp_path, capsys):
-    line = extract_error(capsys, checkpoint, with_bad, "--out", tmp_path / "e.npz")
-    assert "3b.wav: holds NaN" in line
-    assert list(tmp_path.iterdir()) == [with_bad]
-
-
-def test_skip_bad_leaves_out_all_excerpts_of_a_bad_recording(
-    checkpoint, with_bad, tmp_path, by_clip, capsys
-):
-    made = embeddings(checkpoint, with_bad, tmp_path / "e.npz", "--skip-bad")
-    assert np.array_equal(made["paths"], by_clip["paths"])
-    assert same_rows(made["embeddings"], by_clip["embeddings"])
-    names = [line.split(": ")[1] for line in capsys.readouterr().err.splitlines()]
-    assert names == ["3b.wav", "4b.wav"]
+    soundfile.write(folder / "3b.wav", sound, 32000, subtype="FLOAT")
+    flags = [checkpoint, folder, "--out", tmp_path / "e.npz"]
+    assert "3b.wav: holds NaN" in refusal(capsys, extract.main, flags)
+    assert list(tmp_path.iterdir()) == [folder]
+    made = embeddings(checkpoint, folder, tmp_path / "e.npz", "--skip-bad")
+    assert list(made["paths"]) == list(pooled[0]["paths"])
+    assert_close(made["embeddings"], pooled[0]["embeddings"])
+    assert capsys.readouterr().err.startswith("left out: 3b.wav: holds NaN")
 
 
 # ---- Probes
@@ -1762,320 +1378,233 @@ def test_skip_bad_leaves_out_all_excerpts_of_a_bad_recording(
 
 def labelled(separation, clips=200, width=16):
     """Clips [clips, width] of four classes around a centre each -> them, labels, a fold."""
-    rng = np.random.default_rng(0)
-    labels = np.arange(clips) % 4
-    centres = separation * rng.standard_normal((4, width))
-    x = rng.standard_normal((clips, width)) + centres[labels]
-    fold = extract.Fold(*torch.arange(clips).split([clips - 80, 40, 40]))
-    return torch.from_numpy(x).float(), torch.from_numpy(labels), fold
+    labels = torch.arange(clips) % 4
+    centres = separation * torch.randn(4, width)
+    train, valid, test = torch.arange(clips).split([clips - 80, 40, 40])
+    fold = extract.Fold(train, train % 5, valid, test)
+    return torch.randn(clips, width) + centres[labels], labels, fold
 
 
-def share_right(answers, labels, fold):
-    on_test, on_valid = answers
-    on_test = (on_test == labels[fold.test]).float().mean().item()
-    return on_test, (on_valid == labels[fold.valid]).float().mean().item()
-
-
-def test_knn_is_six_lines_of_numpy():
+def test_knn_is_what_the_readme_says():
     embeddings, labels, fold = labelled(0.5)
-    x = embeddings.double().numpy()
+    x = embeddings.double()
     x = (x - x[fold.train].mean(0)) / x[fold.train].std(0)
-    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    x = F.normalize(x)
     expected = []
-    for clip in fold.test:
-        similarity = x[fold.train] @ x[clip]
-        nearest = np.argsort(-similarity)[:10]
-        votes = np.bincount(labels[fold.train][nearest], np.exp(similarity[nearest] / 0.07), 4)
-        expected.append(votes.argmax())
-    assert extract.knn(embeddings, labels, fold)[0].tolist() == expected
-    assert 0.25 < share_right(extract.knn(embeddings, labels, fold), labels, fold)[0] < 0.95
+    for clip in fold.held_out:
+        nearest = (x[fold.train] @ x[clip]).topk(10)
+        weights = torch.exp(nearest.values / 0.07)
+        votes = torch.bincount(labels[fold.train][nearest.indices], weights)
+        expected.append(votes.argmax().item())
+    assert extract.knn(embeddings, labels, fold).tolist() == expected
 
 
-@pytest.mark.parametrize("probe,other_rows", [(extract.linear, 0), (extract.attentive, 4)])
-def test_a_probe_finds_what_is_there_and_nothing_else(probe, other_rows):
-    x, labels, fold = labelled(1.0, clips=300, width=64)
-    features = x
-    if other_rows > 0:  # the one that counts can be told from them
-        of_noise = torch.randn(300, other_rows, 64)
-        features = torch.cat([of_noise, 3 * x.unsqueeze(1)], dim=1)
-        features = list(features)
-    assert min(share_right(probe(features, labels, fold), labels, fold)) >= 0.9
-    shuffled = labels[torch.randperm(300)]
-    assert max(share_right(probe(features, shuffled, fold), shuffled, fold)) < 0.5
+@pytest.mark.parametrize("probe", ["linear", "attentive"])
+def test_a_probe_finds_what_is_there_and_nothing_else(probe):
+    features, labels, fold = labelled(1.0, clips=300, width=64)
+    if probe == "attentive":  # among other rows, from which the one that counts can be told
+        alone = 3 * features.unsqueeze(1)
+        features = [torch.cat([torch.randn(i % 5, 64), row]) for i, row in enumerate(alone)]
+
+    def share_right(labels):
+        right = extract.PROBES[probe](features, labels, fold) == labels[fold.held_out]
+        return right.float().mean()
+
+    assert share_right(labels) > 0.9
+    assert share_right(labels[torch.randperm(300)]) < 0.5
 
 
-def test_the_linear_probe_has_converged_and_is_the_same_each_time(monkeypatch):
-    x, labels, fold = labelled(0.4, width=100)
-    x = x + 10 * torch.randn(200, 1)  # an overall level, which hides the classes
-    first = extract.linear(x, labels, fold)
-    assert torch.equal(extract.linear(x, labels, fold)[0], first[0])
-    monkeypatch.setattr(extract, "ITERATIONS", 2 * extract.ITERATIONS)
-    assert torch.equal(extract.linear(x, labels, fold)[0], first[0])
-
-
-def test_the_fit_is_a_minimum_of_the_penalised_cross_entropy():
-    x, labels, fold = labelled(0.5)
-    x = x.double()
-    everything = torch.ones(1, len(x), dtype=torch.bool)
-    weight, bias = extract.fit(x, labels, 4, 0.01, everything)
+def test_the_linear_probe_converges_to_the_minimum_of_the_penalised_cross_entropy():
+    x, labels, _ = labelled(0.5)
+    x = (x + 10 * torch.randn(200, 1)).double()  # an overall level, which hides the classes
+    weight, bias = extract.fit(x, labels, 0.01)
     weight.requires_grad_()
     bias.requires_grad_()
-    cross_entropy = F.cross_entropy((x @ weight + bias)[0], labels)
+    cross_entropy = F.cross_entropy(x @ weight + bias, labels)
     (cross_entropy + 0.005 * weight.square().sum()).backward()
     assert weight.grad.abs().max() < 1e-4
     assert bias.grad.abs().max() < 1e-4
 
 
-def test_one_long_clip_does_not_pad_the_others():
-    rows = [torch.randn(n, 4) for n in [3, 1200, 1, 2, 20]]
-    batches = extract.padded_batches(rows, torch.arange(5))
-    assert sorted(torch.cat([clips for clips, _, _ in batches]).tolist()) == [0, 1, 2, 3, 4]
-    assert sum(padded.numel() for _, padded, _ in batches) < 2 * 4 * 1226
-    for clips, padded, padding in batches:
-        for place, clip in enumerate(clips):
-            assert torch.equal(padded[place][~padding[place]], rows[clip])
-
-
 def write_task(folder, splits):
-    """Which of three pitches? Four clips a class in each split; the split "" is no folder."""
-    for split in splits:
-        for label, hertz in [("low", 200), ("mid", 1500), ("high", 6000)]:
-            (folder / split / label).mkdir(parents=True)
-            for n in range(4):
-                sound = tone(0.6, hertz=hertz * (1 + 0.01 * n)) + noise(0.6, seed=n) / 30
-                soundfile.write(folder / split / label / f"{n}.wav", sound, 32000)
+    """Which of three pitches? Four clips a class in each split."""
+    for split, hertz in itertools.product(splits.split(), [200, 1500, 6000]):
+        label = folder / split / str(hertz)
+        label.mkdir(parents=True)
+        for n in range(4):
+            sound = tone(0.6, hertz=hertz * (1 + 0.01 * n)) + noise(0.6, seed=n) / 30
+            soundfile.write(label / f"{n}.wav", sound, 32000)
     return folder
 
 
-def probe(checkpoint, task, *flags, first=()):
+def probe(checkpoints, task, *flags):
     """A run of probes -> the JSON that it writes."""
     path = task.with_suffix(".json")
-    run_extract(*first, checkpoint, task, "--json", path, "--probe", *flags)
+    run_extract(*checkpoints, task, "--json", path, "--probe", *flags)
     return json.loads(path.read_text())
 
 
-PROBES = ["knn", "linear", "attentive"]
-
-
 def test_the_table_compares_an_encoder_with_what_it_has_to_beat(checkpoint, tmp_path, capsys):
-    task = write_task(tmp_path / "task", ["train", "test"])
-    table = probe(checkpoint, task, *PROBES)["accuracy"]
+    task = write_task(tmp_path / "task", "train test")
+    table = probe([checkpoint], task, "knn", "linear", "attentive")["accuracy"]
     assert list(table) == ["log-mel", "untrained", str(checkpoint)]
     printed = capsys.readouterr().out
-    for view, result in table.items():
-        assert list(result) == PROBES
-        assert view in printed
+    for result in table.values():
+        assert list(result) == ["knn", "linear", "attentive"]
         error = math.sqrt(result["knn"] * (1 - result["knn"]) / 12)
         assert f"knn {result['knn']:.3f} +- {error:.3f}" in printed
 
 
-def test_several_checkpoints_are_lines_of_one_table(checkpoint, tmp_path):
-    task = write_task(tmp_path / "task", ["train", "valid", "test"])
-    stored = torch.load(checkpoint, weights_only=True)
-    stored["target_encoder"] = stored["context_encoder"]
-    other = tmp_path / "other.pt"
-    torch.save(stored, other)
-    both = probe(checkpoint, task, "knn", first=[other])["accuracy"]
-    alone = probe(checkpoint, task, "knn")["accuracy"]
-    assert list(both) == ["log-mel", "untrained", str(other), str(checkpoint)]
-    assert both["log-mel"] == alone["log-mel"]
-    assert both[str(checkpoint)] == alone[str(checkpoint)]
-    assert list(alone["log-mel"]) == ["knn", "knn valid"]  # to choose by, not on the test split
-
-
-def test_each_checkpoint_hears_a_task_at_its_own_rate(checkpoint, tmp_path):
-    task = write_task(tmp_path / "task", ["train", "test"])
+def test_each_checkpoint_is_a_line_of_the_table_and_hears_at_its_own_rate(checkpoint, tmp_path):
+    task = write_task(tmp_path / "task", "train test")
     stored = torch.load(checkpoint, weights_only=True)
     stored["config"]["log_mel"]["sample_rate"] = 16000
-    torch.save(stored, tmp_path / "other.pt")
-    both = probe(checkpoint, task, "knn", first=[tmp_path / "other.pt"])["accuracy"]
-    alone = probe(tmp_path / "other.pt", task, "knn")["accuracy"]
-    assert both[str(tmp_path / "other.pt")] == alone[str(tmp_path / "other.pt")]
-    assert both[str(checkpoint)] == probe(checkpoint, task, "knn")["accuracy"][str(checkpoint)]
+    other = tmp_path / "other.pt"
+    torch.save(stored, other)
+    both = probe([other, checkpoint], task, "knn")["accuracy"]
+    for path in (checkpoint, other):
+        assert both[str(path)] == probe([path], task, "knn")["accuracy"][str(path)]
 
 
 @pytest.mark.parametrize(
-    "splits,expected",
+    "splits, expected",
     [
-        (["train", "test"], {"train": 12, "valid": 0, "test": 12, "folds": 1}),
-        (["train", "valid", "test"], {"train": 12, "valid": 12, "test": 12, "folds": 1}),
-        (["fold1", "fold2", "fold3"], {"train": 24, "valid": 0, "test": 36, "folds": 3}),
+        ("Train test", [12, 0, 12, 1]),
+        ("training validation eval", [12, 12, 12, 1]),
+        ("fold1 fold2 fold3", [24, 0, 36, 3]),
     ],
 )
 def test_the_json_tells_what_was_tested(checkpoint, tmp_path, splits, expected):
-    task = write_task(tmp_path / "task", splits)
-    assert probe(checkpoint, task, "knn").items() >= expected.items()
+    found = probe([checkpoint], write_task(tmp_path / "task", splits), "knn")
+    assert [found[name] for name in ("train", "valid", "test", "folds")] == expected
 
 
-def read_task(folders):
-    names = []
-    for folder in folders:
-        names += [os.path.join(folder, f"{n}.wav") for n in range(10)]
-    return extract.read_task("x", names)
+def test_folders_called_fold_are_tested_in_turn_and_kept_apart():
+    names = [f"fold{n // 2}/{n % 2}/x.wav" for n in range(6)]
+    _, folds = extract.read_task("x", names)
+    assert [fold.test.tolist() for fold in folds] == [[0, 1], [2, 3], [4, 5]]
+    assert folds[0].train.tolist() == [2, 3, 4, 5]
+    assert folds[0].part.tolist() == [1, 1, 2, 2]  # of the cross-validation
 
 
-def parts(fold):
-    return [fold.train.tolist(), fold.valid.tolist(), fold.test.tolist()]
-
-
-def test_of_folders_by_label_a_fifth_is_tested():
-    labels, (fold,) = read_task("abc")
-    assert len(fold.test) == 6
-    assert labels[fold.test].tolist() == [0, 0, 1, 1, 2, 2]
-    assert sorted(fold.train.tolist() + fold.test.tolist()) == list(range(30))
-
-
-def test_folders_called_fold_are_tested_in_turn():
-    labels, folds = read_task(["fold1/a", "fold1/b", "fold2/b", "fold2/a"])
-    assert labels.tolist() == 10 * [0] + 20 * [1] + 10 * [0]
-    first, second = list(range(20)), list(range(20, 40))
-    assert [parts(fold) for fold in folds] == [[second, [], first], [first, [], second]]
-
-
-@pytest.mark.parametrize("names", ["Train Test", "training testing", "train.tar test.tar"])
-def test_splits_go_by_many_names(names):
-    first, second = names.split()
-    labels, (fold,) = read_task([f"{first}/a", f"{first}/b", f"{second}/a", f"{second}/b"])
-    assert parts(fold) == [list(range(20)), [], list(range(20, 40))]
-    assert labels.tolist() == 2 * (10 * [0] + 10 * [1])
+def test_folders_by_label_are_tested_a_fifth_at_a_time():
+    labels, folds = extract.read_task("x", [f"{'abc'[n % 3]}/{n}.wav" for n in range(30)])
+    tested = []
+    for fold in folds:
+        assert labels[fold.test].bincount().tolist() == [2, 2, 2]
+        tested += fold.test.tolist()
+    assert sorted(tested) == list(range(30))
 
 
 @pytest.mark.parametrize(
     "folders",
     [
-        ["a", "b", ""],  # some without a label
-        ["a"],  # one class
-        ["train/a", "test/a"],
-        ["train", "test"],
-        ["train/a", "train/b"],
-        ["train/a", "train/b", "test/a", "test/b", "others/a"],
-        ["fold1/a", "fold1/b"],  # one fold
+        "a b .",  # some without a label
+        "a",  # one class
+        "train/a test/a",
+        "train test",
+        "train/a train/b",
+        "train/a train/b test/a test/b others/a",
+        "fold1/a fold1/b",  # one fold
     ],
 )
 def test_folders_that_are_no_task_are_refused(folders):
+    names = [os.path.normpath(f"{folder}/x.wav") for folder in folders.split()]
     with pytest.raises(ValueError, match="LABEL"):
-        read_task(folders)
+        extract.read_task("x", 10 * names)
 
 
 # ---- Checkpoints: ours, the authors', and none
 
 
-def authors_file(checkpoint, path, others):
-    """A stand-in for the authors' checkpoint: our weights in their form, and other objects."""
-    ours = torch.load(checkpoint, weights_only=True)
-    theirs = {"predictor.mask_token": torch.zeros(1, 1, 8)}
-    for network, prefix in [("target", "target_encoder."), ("context", "encoder._orig_mod.")]:
-        for name, tensor in ours[f"{network}_encoder"].items():
-            if name == "patch_embed.weight":
-                tensor = tensor.view(-1, 1, 16, 16)  # of a convolution
-            if name == "pos_embed":
-                tensor = tensor.unsqueeze(0)
-            name = name.replace("patch_embed", "patch_embed.proj")
-            name = name.replace("attn.qkv", "attn.Wqkv").replace("attn.proj", "attn.out_proj")
-            theirs[prefix + name] = tensor
-    torch.save({"state_dict": theirs, "global_step": 100000, "hyper_parameters": others}, path)
-    return path
-
-
 def test_the_authors_checkpoint_gives_the_same_embeddings(checkpoint, tmp_path):
+    theirs = {"predictor.mask_token": torch.zeros(1, 1, 8)}
+    for name, tensor in torch.load(checkpoint, weights_only=True)["target_encoder"].items():
+        if name == "patch_embed.weight":
+            tensor = tensor.view(-1, 1, 16, 16)  # of a convolution
+        if name == "pos_embed":
+            tensor = tensor.unsqueeze(0)
+        name = name.replace("patch_embed", "patch_embed.proj")
+        name = name.replace("attn.qkv", "attn.Wqkv").replace("attn.proj", "attn.out_proj")
+        theirs[f"encoder._orig_mod.{name}"] = torch.zeros_like(tensor)
+        theirs[f"target_encoder.{name}"] = tensor
+    stored = {"state_dict": theirs, "global_step": 100000, "hyper_parameters": SMALL}
+    torch.save(stored, tmp_path / "authors.ckpt")
+    theirs = extract.load_encoder(tmp_path / "authors.ckpt")
+    assert theirs.step == 100000
     ours = extract.load_encoder(checkpoint)
     ours.log_mel = extract.AuthorsLogMel()  # only the names of the weights are left to differ
-    others = [functools.partial(print), JEPAConfig()]  # objects, as Lightning stores them
-    path = authors_file(checkpoint, tmp_path / "a.ckpt", others)
-    theirs = extract.load_encoder(path)
     waveform = torch.randn(1, 96000)
-    assert theirs.step == 100000
     assert torch.equal(theirs(waveform), ours(waveform))
 
 
 def test_the_authors_front_end_is_kaldis_without_edges():
-    waveform = torch.from_numpy(noise(10) + tone(10)).unsqueeze(0)
-    frames = kaldi.fbank(
-        waveform / waveform.abs().max(),
-        sample_frequency=32000,
-        num_mel_bins=128,
-        frame_shift=1243 / 32,
-        frame_length=3108 / 32,
-        dither=0.0,
-        window_type="hanning",
-        low_freq=20,
-    )
-    ours = extract.AuthorsLogMel()(waveform)
+    waveform = torch.from_numpy(noise(10) + tone(10))
+    expected = kaldi_fbank(waveform / waveform.abs().max(), 32000, 128, 1243, 3108, True)
+    ours = extract.AuthorsLogMel()(waveform.unsqueeze(0))
     assert ours.shape == (1, 1, 256, 128)
-    assert (ours[0, 0, :255] - frames).abs().max() < 1e-3
+    assert (ours[0, 0, :255] - expected).abs().max() < 1e-3
     assert not ours[0, 0, 255].any()
+
+
+class Hostile:
+    """An object whose loading would create a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
 
 
 @pytest.mark.parametrize("place", ["step", "state_dict"])  # in a file of ours, of the authors'
 def test_a_hostile_checkpoint_is_refused_and_not_executed(checkpoint, tmp_path, capsys, place):
     stored = torch.load(checkpoint, weights_only=True)
     torch.save(stored | {place: Hostile(tmp_path / "executed")}, tmp_path / "a.pt")
-    line = extract_error(capsys, tmp_path / "a.pt", tmp_path, "--out", tmp_path / "e.npz")
-    assert "a.pt: not a checkpoint that can be read" in line
+    flags = [tmp_path / "a.pt", tmp_path, "--out", tmp_path / "e.npz"]
+    assert "a.pt: not a checkpoint" in refusal(capsys, extract.main, flags)
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize(
-    "flags,hint",
-    [
-        ("", "--out"),
-        ("--out x.npz --probe knn", "--out"),
-        ("--out x.npz --json y.json", "--json"),
-        ("--out nowhere/x.npz", "nowhere/x.npz"),
-        ("--out /proc/x.npz", "/proc/x.npz"),  # where nobody may write: said before the work
-        ("--out=", "a file in a folder"),
-        ("more.pt --out x.npz", "one checkpoint"),
-        ("--probe knn --pool time", "--pool"),
-    ],
-)
-def test_what_is_wrong_with_the_flags_of_extract_is_said(capsys, flags, hint):
-    assert hint in extract_error(capsys, "last.pt", ".", *flags.split())
+EXTRACT_REFUSES = """
+last.pt .                             --out
+last.pt . --out x.npz --probe knn     --out
+last.pt . --out x.npz --json y.json   --json
+last.pt . --out nowhere/x.npz         nowhere/x.npz
+last.pt . --out /proc/x.npz           /proc/x.npz
+last.pt . --out=                      a file in a folder
+last.pt more.pt . --out x.npz         one checkpoint
+last.pt . --probe knn --pool time     --pool
+last.pt . --probe knn                 last.pt: not a checkpoint
+"""
 
 
-# ---- The weights in this repository
-
-
-def simple_sound(kind, rng):
-    """A second of noise, whole or in pulses, or of a tone that rises, falls or stays."""
-    t = np.arange(32000) / 32000
-    hertz = 200 * 2 ** rng.uniform(0, 4)
-    noise = rng.standard_normal(32000)
-    if kind == "noise":
-        sound = noise
-    if kind == "slow pulses":
-        sound = np.where(np.sin(2 * np.pi * 4 * t) > 0, noise, 0)
-    if kind == "fast pulses":
-        sound = np.where(np.sin(2 * np.pi * 12 * t) > 0, noise, 0)
-    if kind == "rising":
-        sound = np.sin(2 * np.pi * hertz * (t + t**2))
-    if kind == "falling":
-        sound = np.sin(2 * np.pi * hertz * (3 * t - t**2))
-    if kind == "steady":
-        sound = np.sin(2 * np.pi * hertz * 2 * t)
-    loud = 10 ** rng.uniform(-2, -0.5)
-    return (loud * sound + 0.001 * noise).astype(np.float32)
-
-
-def test_the_weights_of_the_repository_tell_simple_sounds_apart():
-    rng = np.random.default_rng(0)
-    kinds = ["noise", "slow pulses", "fast pulses", "rising", "falling", "steady"]
-    labels = torch.arange(6).repeat(20)
-    waveforms = np.stack([simple_sound(kinds[label], rng) for label in labels])
-    clips = torch.arange(120)
-    fold = extract.Fold(train=clips[:60], valid=clips[:0], test=clips[60:])
-    trained = extract.load_encoder(HERE / ".github" / "audio-jepa-tiny.pt")
-    accuracy = []
-    for encoder in (trained, extract.untrained(trained)):
-        with torch.no_grad():
-            embeddings = encoder(torch.from_numpy(waveforms)).mean(1)
-        on_test, _ = extract.knn(embeddings, labels, fold)
-        accuracy.append((on_test == labels[fold.test]).double().mean().item())
-    assert accuracy[0] > 0.7
-    assert accuracy[0] > accuracy[1] + 0.05
+@pytest.mark.parametrize("row", EXTRACT_REFUSES.strip().splitlines())
+def test_extract_py_says_in_one_line_what_is_wrong(capsys, row):
+    flags, hint = re.split("   *", row)
+    assert hint in refusal(capsys, extract.main, flags.split())
 
 
 # ================================================================================================
 # The project
+
+
+def test_the_weights_of_the_repository_tell_rising_from_falling_tones():
+    labels = torch.arange(3).repeat(60)  # falling, steady, rising
+    t = torch.arange(32000) / 32000
+    phase = t + (labels.unsqueeze(1) - 1) / 2 * (t**2 - t)
+    hertz = 400 * 2 ** (4 * torch.rand(180, 1))
+    waveforms = 0.1 * torch.sin(2 * math.pi * hertz * phase) + 0.001 * torch.randn(180, 32000)
+    train, test = torch.arange(180).split(90)
+    fold = extract.Fold(train, train % 5, train[:0], test)
+    trained = extract.load_encoder(SMALL_WEIGHTS)
+    accuracy = []
+    for encoder in (trained, extract.untrained(trained)):
+        embeddings = encoder(waveforms).mean(1).detach()
+        right = extract.linear(embeddings, labels, fold) == labels[fold.test]
+        accuracy.append(right.double().mean())
+    assert accuracy[0] > 0.9
+    assert accuracy[0] > accuracy[1] + 0.1
 
 
 @pytest.mark.parametrize("name", ["model", "masking", "data"])
@@ -2084,23 +1613,30 @@ def test_a_file_that_is_copied_alone_imports(tmp_path, name):
     run_python("-c", f"import {name}", cwd=tmp_path)
 
 
-README = (HERE / "README.md").read_text()
-NOTES = (HERE / ".github" / "notes.md").read_text()
+README = (HERE / "README.md").read_text() + (HERE / ".github" / "notes.md").read_text()
 
 
 def readme_block(mark):
     """The first code block of the README or the notes below a mark."""
-    below = (README + NOTES).split(f"<!-- {mark} -->")[1]
+    below = README.split(f"<!-- {mark} -->")[1]
     return re.search(r"```\w*\n(.*?)```", below, re.S)[1]
 
 
-def test_the_paper_in_20_lines_runs_with_two_copied_files(tmp_path):
+def first_and_last_loss(*command, cwd=HERE):
+    lines = run_python(*command, cwd=cwd).stdout.splitlines()
+    return [float(line.split()[-1]) for line in (lines[0], lines[-1])]
+
+
+def test_the_paper_in_20_lines_learns_with_two_copied_files(tmp_path):
     shutil.copy(HERE / "model.py", tmp_path)
     shutil.copy(HERE / "masking.py", tmp_path)
-    (tmp_path / "toy.py").write_text(readme_block("toy"))
-    done = run_python("toy.py", cwd=tmp_path)
-    losses = [float(line.split()[-1]) for line in done.stdout.splitlines()]
-    assert losses[-1] < 0.5 * losses[0]
+    first, last = first_and_last_loss("-c", readme_block("toy"), cwd=tmp_path)
+    assert last < 0.5 * first
+
+
+def test_the_fine_tuning_of_the_readme_learns():
+    first, last = first_and_last_loss("-c", readme_block("finetune"))
+    assert last < 0.5 * first
 
 
 def test_the_stripes_of_the_readme_are_columns():
@@ -2110,62 +1646,41 @@ def test_the_stripes_of_the_readme_are_columns():
     assert torch.equal(masked, masked[:, :, :1].expand(-1, -1, 8))
 
 
-def test_the_fine_tuning_of_the_readme_learns():
-    done = run_python("-c", readme_block("finetune"))
-    losses = [float(line.split()[-1]) for line in done.stdout.splitlines()]
-    assert losses[-1] < 0.5 * losses[0]
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    """ESC-50 and Speech Commands as they are published, a few sounds each, and then the README."""
-    folder = tmp_path_factory.mktemp("published")
-    names = [
-        f"ESC-50-master/audio/{fold}-9{fold}-A-{c}.wav" for fold in range(1, 6) for c in (0, 36)
-    ]
+def test_data_sets_as_they_are_published_become_tasks(checkpoint, tmp_path):
+    names = [f"ESC-50-master/audio/{n % 5 + 1}-{n}-A-{n % 2}.wav" for n in range(10)]
     for word in ("yes", "no", "_background_noise_"):
         names += [f"speech_commands_v0.02/{word}/{n}_nohash_0.wav" for n in range(4)]
     for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(folder / name, noise(0.1), 16000)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(tmp_path / name, noise(0.1), 16000)
     for split, n in [("validation", 1), ("testing", 2)]:
-        lines = f"yes/{n}_nohash_0.wav\nno/{n}_nohash_0.wav\n"
-        (folder / "speech_commands_v0.02" / f"{split}_list.txt").write_text(lines)
-    subprocess.run(["bash", "-ec", readme_block("published")], cwd=folder, check=True)
-    return folder
-
-
-def test_esc_50_as_it_is_published_becomes_five_folds(checkpoint, published):
-    found = probe(checkpoint, published / "esc50", "knn")
-    assert [found["folds"], found["classes"], found["train"], found["test"]] == [5, 2, 8, 10]
-
-
-def test_speech_commands_as_published_gets_its_three_splits(checkpoint, published):
-    found = probe(checkpoint, published / "commands", "knn")
-    counts = [found[split] for split in ("train", "valid", "test")]
-    assert [*counts, found["classes"]] == [4, 2, 2, 2]
+        path = tmp_path / "speech_commands_v0.02" / f"{split}_list.txt"
+        path.write_text(f"yes/{n}_nohash_0.wav\nno/{n}_nohash_0.wav\n")
+    subprocess.run(["bash", "-ec", readme_block("published")], cwd=tmp_path, check=True)
+    for task, expected in [("esc50", [5, 2, 8, 0, 10]), ("commands", [1, 2, 4, 2, 2])]:
+        found = probe([checkpoint], tmp_path / task, "knn")
+        counts = [found[name] for name in ("folds", "classes", "train", "valid", "test")]
+        assert counts == expected
 
 
 def test_the_demonstrations_run(tmp_path):
-    assert "85.35 M" in run_python("model.py").stdout
+    assert run_python("masking.py").stdout.count("#") > 2 * 51
     out = tmp_path / "out"
     printed = run_python(".github/benchmark.py", *TINY, "--out", out).stdout
     for word in ("0.5 GFLOP", "reading", "log-mel", "step alone", "all together", "%", "GiB"):
         assert word in printed
     assert not out.exists()
-    drawn = run_python("masking.py").stdout
-    assert drawn.count("#") > 2 * 51
 
 
 def test_every_flag_in_the_readme_exists():
     scripts = ("train.py", "data.py", "extract.py")
     help_texts = [run_python(script, "--help").stdout for script in scripts]
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README + NOTES))
-    of_others = {"--nproc", "--standalone", "--max-jobs", "--max-restarts", "--shm-size"}
-    of_others |= {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task"}
-    of_others |= {"--signal", "--requeue", "--nnodes", "--rdzv"}
-    missing = [flag for flag in named - of_others if flag not in "".join(help_texts)]
-    assert missing == []
+    of_others = (
+        "--nproc --standalone --max-jobs --max-restarts --shm-size --nodes --ntasks-per-node "
+        "--gpus-per-node --cpus-per-task --signal --requeue --nnodes --rdzv"
+    )
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - set(of_others.split())
+    assert [flag for flag in named if flag not in "".join(help_texts)] == []
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -2174,9 +1689,9 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 @needs_gpu
 def test_the_log_mel_of_a_gpu_is_that_of_a_cpu():
     log_mel = data.LogMel()
-    waveform = torch.from_numpy(np.stack([noise(10), tone(10)]))
-    on_cpu = log_mel(waveform)
-    on_gpu = log_mel.to("cuda")(waveform.to("cuda")).cpu()
+    waveforms = torch.from_numpy(np.stack([noise(10), tone(10)]))
+    on_cpu = log_mel(waveforms)
+    on_gpu = log_mel.to("cuda")(waveforms.to("cuda")).cpu()
     assert (on_gpu - on_cpu).abs().max() < 0.01
 
 
@@ -2184,6 +1699,6 @@ def test_the_log_mel_of_a_gpu_is_that_of_a_cpu():
 @pytest.mark.parametrize("flags", ["--amp auto", "--amp fp16", "--compile"])
 def test_a_gpu_trains(tmp_path, flags):
     _, log = pretrain(tmp_path, *flags.split())
-    finite = [loss for loss in column(log, "loss") if math.isfinite(loss)]  # fp16 skips at first
+    finite = log["loss"][np.isfinite(log["loss"])]  # fp16 skips at first
     assert len(finite) > 10
     assert finite[-1] < finite[0]
