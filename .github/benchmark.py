@@ -97,7 +97,7 @@ def main():
     log_mel = LogMel(args.sample_rate, args.clip_seconds, config.time_bins)
     clips = train.open_clips(args)
     train.connect(processes, device)
-    amp = train.from_first_process(train.choose_amp(args.amp, device.type))
+    amp = train.from_all_processes(train.choose_amp(args.amp, device.type))[0]
     precision = train.PRECISIONS[amp]
     run = train.build_run(args, config, log_mel.to(device), processes, device, precision)
     times = measure(run, clips)
@@ -115,7 +115,7 @@ def main():
         speed = tflop / times["step alone"]
         print(f"step alone: {speed:.2f} TFLOP/s a process, {speed / product:.0%} of the", end=" ")
         print(f"{product:.2f} TFLOP/s of a matrix product")
-        print(f"peak memory {train.memory_gib(device):.2f} GiB")
+        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
     train.disconnect()
 
 
