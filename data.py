@@ -14,7 +14,7 @@
 A recording is a file, or a member of a tar, of any length. A clip is what training sees: 10 s.
 
     python data.py scan PATH        hours, rates, lengths, what is silent or cannot be read
-    python data.py pack PATH OUT    log-mel frames in memory-mapped files, to train without decoding
+    python data.py pack PATH OUT    log-mel frames in one file, to train without decoding
 
 PATH is a folder, a list of paths (.txt, .csv, .tsv) or tar shards, as for train.py --data.
 Letters in the shape comments: B clips, T spectrogram frames, F mel bands.
@@ -25,7 +25,6 @@ import contextlib
 import csv
 import functools
 import io
-import itertools
 import json
 import math
 import os
@@ -33,7 +32,6 @@ import random
 import signal
 import sys
 import tarfile
-import threading
 import zlib
 from collections import Counter
 from fractions import Fraction
@@ -50,10 +48,10 @@ from tqdm import tqdm
 
 FRAMES_PER_SECOND = 25.6  # 256 frames in 10 s
 PATCH_SECONDS = 0.625  # a patch, 16 frames
-MOST_READS = 1000  # for a clip, because very short files would loop for minutes
 MEL_BINS = 128
 FLOOR = torch.finfo(torch.float32).eps  # Kaldi's least power: silence becomes log(FLOOR) = -15.9
 UNREADABLE = (OSError, ValueError, RuntimeError)  # what reading a bad recording may raise
+NOTHING = "nothing in it can be decoded"
 
 
 class LogMel(nn.Module):
@@ -80,7 +78,9 @@ class LogMel(nn.Module):
         super().__init__()
         hop = sample_rate * clip_seconds / time_bins
         if hop != int(hop):
-            raise ValueError(f"{sample_rate} Hz: the hop of {hop} samples is not a whole number")
+            raise ValueError(
+                f"{sample_rate} Hz: a hop would be {hop} samples; it takes a multiple of 128 Hz"
+            )
         self.sample_rate = sample_rate
         self.clip_seconds = clip_seconds
         self.time_bins = time_bins
@@ -99,12 +99,12 @@ class LogMel(nn.Module):
         self.register_buffer("window", window, persistent=False)
 
     @property
-    def config(self) -> dict:
+    def config(self):
         """The constructor's arguments, as checkpoints store them."""
         names = ("sample_rate", "clip_seconds", "time_bins", "mel_bins", "mean", "std")
         return {name: getattr(self, name) for name in names}
 
-    def frames(self, waveform: torch.Tensor) -> torch.Tensor:
+    def frames(self, waveform):
         """Raw log-mel: [B, samples], at least a window -> [B, round(samples / hop), F]."""
         x = self.cut(waveform)  # [B, T, window]
         x = x - x.mean(dim=2, keepdim=True)
@@ -129,26 +129,25 @@ class LogMel(nn.Module):
     def forward(self, clips: torch.Tensor) -> torch.Tensor:
         # In fp32, because powers overflow fp16 and bf16 cannot tell them apart.
         with torch.autocast(clips.device.type, enabled=False):
+            log_mels = clips.float()
             if clips.ndim == 2:
-                waveforms = clips.float()
-                parts = [waveforms]
+                parts = [log_mels]
                 if clips.device.type == "cpu":
-                    parts = waveforms.split(1)  # one clip at a time fits in cache
-                clips = torch.cat([self.frames(part) for part in parts])
-            normalised = (clips.float() - self.mean) / self.std
+                    parts = log_mels.split(1)  # because one clip at a time fits in cache
+                log_mels = torch.cat([self.frames(part) for part in parts])
+            normalised = (log_mels - self.mean) / self.std
             return normalised.unsqueeze(1)
 
 
-def measure_mean_std(clips, log_mel: LogMel, device, workers: int) -> tuple[float, float]:
+def measure_mean_std(clips, log_mel, device, workers):
     """Mean and std of the log-mel over the first 256 clips that training will see.
 
     They are two numbers for the whole set, as in AST and AudioMAE, instead of two for each band.
     `log_mel` must have mean 0 and std 1 so far.
     """
     order = clip_order(len(clips), clips.seed, 16, range(16), shares=[slice(0, 16)])
-    log_mels = []
-    for batch in clip_loader(clips, order, workers):
-        log_mels.append(log_mel(batch.clips.to(device)).cpu())
+    batches = clip_loader(clips, order, workers)
+    log_mels = [log_mel(batch.clips.to(device)).cpu() for batch in batches]
     std, mean = torch.std_mean(torch.cat(log_mels).double())
     return mean.item(), max(std.item(), 1e-3)  # digital silence has no std
 
@@ -158,18 +157,20 @@ def measure_mean_std(clips, log_mel: LogMel, device, workers: int) -> tuple[floa
 
 
 class Source:
-    """Recordings, each a line of bytes in `entries`: its name, and where to find it."""
+    """A set of recordings. What each kind of source adds:
 
-    rate: float  # samples, or packed frames, per second
-    silence: float  # fills what stays empty
+    entries     an array with a line of bytes for each recording: its name, and where to find it
+    rate        samples, or packed frames, per second
+    excerpt     (i, length, rng) -> up to `length` samples, or packed frames, from a random position
+                in recording i, or all of it if it is shorter; may raise UNREADABLE
+    """
 
-    def __init__(self, entries: np.ndarray):
-        self.entries = entries
+    silence = 0.0  # fills what stays empty
 
     def __len__(self):
         return len(self.entries)
 
-    def name(self, i: int) -> str:
+    def name(self, i):
         return os.fsdecode(self.entries[i].split(b"\0")[0])
 
     @property
@@ -177,23 +178,15 @@ class Source:
         """Tells one set of recordings from another."""
         return f"{len(self)} recordings, crc {zlib.crc32(self.entries):08x}"
 
-    def excerpt(self, i: int, length: int, rng: random.Random) -> np.ndarray:
-        """Up to `length` samples, or packed frames, from a random position in recording i; all of
-        it if it is shorter. May raise UNREADABLE."""
-        raise NotImplementedError
-
 
 class AudioFiles(Source):
     """Files, or members of tars -> mono float32 samples at one rate."""
 
-    silence = 0.0
-
-    def __init__(self, path, sample_rate: int):
-        self.root, entries = find_recordings(path)
-        super().__init__(entries)
+    def __init__(self, path, sample_rate):
+        self.root, self.entries = find_recordings(path)
         self.rate = sample_rate
 
-    def open(self, i: int) -> "Sound":
+    def open(self, i):
         name, *member = self.entries[i].split(b"\0")
         # The extension of the path helps libsndfile to find where an MP3 starts.
         file = os.path.join(self.root, name)
@@ -212,77 +205,61 @@ class AudioFiles(Source):
             rate = sound.samplerate
             promised = sound.frames  # by the header
             count = math.ceil(length * rate / self.rate)
-            spare = max(promised - count, 0)
-            position = rng.random()  # 0 is at the start of the recording, 1 as late as it fits
-            start = int(position * (spare + 1))
+            start = random_start(promised, count, rng)
             waveform = decode(sound, start, count)
         if len(waveform) < count < promised:
             # The header promises more than there is, or the file is a stream of unknown length. So
-            # decode all there is, and take the excerpt from the same position in that.
+            # decode all there is, and take the excerpt from that.
             with self.open(i) as sound:
-                waveform = decode(sound, 0, promised)
-            spare = max(len(waveform) - count, 0)
-            start = int(position * (spare + 1))
-            waveform = waveform[start : start + count]
-        if len(waveform) == 0:
-            raise ValueError("nothing in it can be decoded")
+                everything = decode(sound, 0, promised)
+            start = random_start(len(everything), count, rng)
+            waveform = everything[start : start + count]
         return resample(waveform, rate, self.rate)[:length]
 
     def windows(self, i, length):
         """Recording i from start to end, in excerpts of `length` samples, the last one shorter."""
         with self.open(i) as sound:
-            begin = 0
-            for number in itertools.count(1):
-                end = round(number * length * sound.samplerate / self.rate)
-                waveform = decode(sound, 0, end - begin)
-                if len(waveform) == 0:
-                    break
+            count = math.ceil(length * sound.samplerate / self.rate)
+            waveform = decode(sound, 0, count)
+            if len(waveform) == 0:
+                raise ValueError(NOTHING)
+            while len(waveform) > 0:
                 yield resample(waveform, sound.samplerate, self.rate)[:length]
-                begin = end
-        if begin == 0:
-            raise ValueError("nothing in it can be decoded")
+                waveform = decode(sound, 0, count)
 
 
 class PackedFrames(Source):
-    """What `pack` has stored -> log-mel frames [T, F], fp16, of one file that is mapped, not read.
+    """What `pack` has stored -> log-mel frames [T, F], fp16.
 
-    ValueError if it was packed at another sample rate, or copied in part.
+    ValueError if it was packed at another sample rate.
     """
 
     silence = math.log(FLOOR)
     rate = FRAMES_PER_SECOND
 
-    def __init__(self, folder, sample_rate: int):
+    def __init__(self, folder, sample_rate):
         with open(os.path.join(folder, "pack.json")) as file:
             packed_rate = json.load(file)["sample_rate"]
         if packed_rate != sample_rate:
             raise ValueError(f"{folder}: packed at {packed_rate} Hz, not at {sample_rate}")
-        super().__init__(np.load(os.path.join(folder, "index.npy"), mmap_mode="r"))
-        _, file, first, count = self.entries[-1].split(b"\0")
-        self.path = os.path.join(folder, os.fsdecode(file))
-        if os.path.getsize(self.path) < (int(first) + int(count)) * MEL_BINS * 2:
-            raise ValueError(f"{self.path} is not whole: copy or pack it again")
-
-    @functools.cached_property
-    def frames(self):
-        return np.memmap(self.path, np.float16, mode="r").reshape(-1, MEL_BINS)
+        self.entries = np.load(os.path.join(folder, "index.npy"))
+        self.folder = os.fsencode(folder)
 
     def excerpt(self, i, length, rng):
-        _, _, first, count = self.entries[i].split(b"\0")
-        spare = max(int(count) - length, 0)
-        start = int(first) + int(rng.random() * (spare + 1))
-        end = min(start + length, int(first) + int(count))
-        return self.frames[start:end]
+        _, file, first, count = self.entries[i].split(b"\0")
+        start = int(first) + random_start(int(count), length, rng)
+        path = os.path.join(self.folder, file)
+        shape = (min(length, int(count)), MEL_BINS)
+        return np.memmap(path, np.float16, "r", start * MEL_BINS * 2, shape)
 
 
 class SyntheticSounds(Source):
     """Sound without a download: each excerpt adds up four pieces of a tape of fading tones."""
 
-    silence = 0.0
     fingerprint = "synthetic clips"
 
-    def __init__(self, sample_rate: int, num_clips: int):
-        super().__init__(np.full(num_clips, b"synthetic"))
+    def __init__(self, sample_rate, num_clips):
+        self.entries = np.full(num_clips, b"synthetic")
         self.rate = sample_rate
         hertz = 80 * 2 ** np.random.default_rng(0).uniform(0, 6, size=(120, 1))
         t = np.arange(sample_rate) / sample_rate  # a second for each tone
@@ -292,10 +269,15 @@ class SyntheticSounds(Source):
     def excerpt(self, i, length, rng):
         mix = np.zeros(length, np.float32)
         for _ in range(4):
-            start = rng.randrange(max(len(self.tape) - length, 1))
-            piece = self.tape[start : start + length]
-            mix[: len(piece)] += np.float32(rng.uniform(0.03, 0.3)) * piece
+            start = rng.randrange(len(self.tape) - length)
+            loud = np.float32(rng.uniform(0.03, 0.3))
+            mix += loud * self.tape[start : start + length]
         return mix
+
+
+def random_start(total, length, rng):
+    """Where an excerpt of `length` begins: anywhere, if it fits into `total`, or else at 0."""
+    return int(rng.random() * (max(total - length, 0) + 1))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -305,56 +287,51 @@ class SyntheticSounds(Source):
 class Clips(Dataset):
     """Clips of equal length out of one of the sources above; any DataLoader takes it.
 
-    clips[i] is clip i of the epoch chosen by `set_epoch`, a pure function of (seed, epoch, i).
+    clips[i] is clip i of epoch `clips.epoch`, a pure function of (seed, epoch, i).
     A longer recording gives a random excerpt. A shorter one is filled up with other recordings, end
     to end: if silence filled it, most targets would be the same silence, and predicting them would
     teach nothing. Only a rest shorter than 625 ms, or than half a clip, stays silent.
     OSError: ten recordings in a row cannot be used.
     """
 
-    def __init__(self, source: Source, clip_seconds: float, seed: int):
+    def __init__(self, source, clip_seconds, seed):
         self.source = source
         self.seed = seed
         self.epoch = 0
         self.length = round(clip_seconds * source.rate)
         self.shortest_fill = min(round(PATCH_SECONDS * source.rate), self.length // 2)
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
     def __len__(self):
         return len(self.source)
 
-    def __getitem__(self, i: int) -> torch.Tensor:
-        if not 0 <= i < len(self):
+    def __getitem__(self, i) -> torch.Tensor:
+        if i >= len(self):
             raise IndexError(i)
-        clip, _, _ = self.read(self.epoch, int(i))
-        return torch.from_numpy(clip)
+        return torch.from_numpy(self.read(self.epoch, i)[0])
 
-    def read(self, epoch: int, i: int) -> tuple[np.ndarray, int, list[tuple[str, str]]]:
+    def read(self, epoch, i):
         """Clip i of an epoch -> (clip, how many recordings were opened for it, (name, reason) of
         those that could not be used)."""
         rng = random.Random(f"clip {i} of epoch {epoch}, seed {self.seed}")
         excerpts = []
         bad = []
         missing = self.length
-        while missing >= self.shortest_fill and len(excerpts) + len(bad) < MOST_READS:
+        while missing >= self.shortest_fill:
             try:
                 excerpt = self.source.excerpt(i, missing, rng)
+                if len(excerpt) == 0:
+                    raise ValueError(NOTHING)
                 excerpts.append(excerpt)
                 missing -= len(excerpt)
             except UNREADABLE as error:
-                name = self.source.name(i)
-                bad.append((name, str(error)))
-                if len(bad) == 10 and not excerpts:
-                    raise OSError(
-                        f"ten recordings in a row cannot be used, at last {printable(name)}: "
-                        f"{printable(str(error))}"
-                    ) from None
+                bad.append((self.source.name(i), str(error)))
+            if len(bad) == 10 and not excerpts:
+                last = printable(": ".join(bad[-1]))
+                raise OSError(f"ten recordings in a row cannot be used, at last {last}")
             i = rng.randrange(len(self))
         reads = len(excerpts) + len(bad)
         shape = (missing, *excerpts[0].shape[1:])
-        excerpts.append(np.full(shape, self.source.silence, excerpts[0].dtype))
+        excerpts.append(np.full_like(excerpts[0], self.source.silence, shape=shape))
         return np.concatenate(excerpts), reads, bad
 
 
@@ -367,7 +344,7 @@ class AudioClips(Clips):
 
     def __init__(
         self,
-        path: str | os.PathLike,
+        path,
         sample_rate: int = 32000,
         clip_seconds: float = 10.0,
         seed: int = 0,
@@ -392,7 +369,7 @@ class SyntheticClips(Clips):
         super().__init__(SyntheticSounds(sample_rate, num_clips), clip_seconds, seed)
 
 
-def clip_order(num_clips: int, seed: int, batch_size: int, steps: range, shares: list[slice]):
+def clip_order(num_clips, seed, batch_size, steps, shares):
     """Yield which clips a process reads, a list of (epoch, clip) for each of its micro-batches.
 
     All epochs follow each other in one endless sequence, each in an order of its own, a pure
@@ -419,37 +396,33 @@ def clip_order(num_clips: int, seed: int, batch_size: int, steps: range, shares:
 class Batch(NamedTuple):
     clips: torch.Tensor  # waveforms [B, samples], or packed frames [B, T, F]
     reads: int  # recordings that were opened
-    bad: list[tuple[str, str]]  # (name, reason) of those that could not be used
+    bad: list  # (name, reason) of those that could not be used
 
 
 class Batches(Dataset):
     """batches[list of (epoch, i)] is a Batch of these clips."""
 
-    def __init__(self, clips: Clips):
+    def __init__(self, clips):
         self.clips = clips
 
-    def __getitem__(self, micro_batch: list[tuple[int, int]]) -> Batch:
-        clips = []
-        all_reads = 0
-        all_bad = []
-        for epoch, i in micro_batch:
-            clip, reads, bad = self.clips.read(epoch, i)
-            clips.append(clip)
-            all_reads += reads
-            all_bad += bad
+    def __getitem__(self, micro_batch):
+        done = [self.clips.read(epoch, i) for epoch, i in micro_batch]
+        clips, reads, bad = zip(*done, strict=True)
         batch = torch.from_numpy(np.stack(clips))
-        if get_worker_info() is not None:
+        if get_worker_info():  # this is a worker
             # The loader would do this too, but in a thread whose errors are lost: where shared
             # memory is too small, the run would wait for ever.
             try:
                 batch.share_memory_()
             except RuntimeError as error:
-                hint = "docker run --shm-size=8g gives more, --workers 0 needs none"
-                raise OSError(f"no shared memory for a batch: {hint} ({error})") from None
-        return Batch(batch, all_reads, all_bad)
+                raise OSError(
+                    "no shared memory for a batch: docker run --shm-size=8g gives more, "
+                    f"--workers 0 needs none ({error})"
+                ) from None
+        return Batch(batch, sum(reads), sum(bad, []))
 
 
-def clip_loader(clips: Clips, order, workers: int) -> DataLoader:
+def clip_loader(clips, order, workers):
     """Read the micro-batches of `order` in worker processes -> a Batch of each."""
     return DataLoader(
         Batches(clips),
@@ -463,35 +436,22 @@ def clip_loader(clips: Clips, order, workers: int) -> DataLoader:
 
 def ignore_signals(_):
     """Ctrl-C and Slurm signal all processes of a run. Workers must ignore these signals, because
-    the main process needs them to finish its step. They obey a SIGTERM of the main process."""
+    the main process needs them to finish its step. They end when it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=obey_the_main_process, daemon=True).start()
-
-
-def obey_the_main_process():
-    sender = None
-    while sender != os.getppid():
-        sender = signal.sigwaitinfo([signal.SIGTERM]).si_pid
-    os._exit(0)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 # ------------------------------------------------------------------------------------------------
 # The method ends here. What follows finds and decodes audio.
 
 AUDIO = tuple(b".wav .flac .ogg .oga .opus .mp3 .aiff .aif .aifc .au .caf .rf64 .sph .w64".split())
-# What libsndfile cannot read:
-OTHER_AUDIO = tuple(b".m4a .mp4 .aac .wma .webm .mka .amr .ape .wv .3gp .mkv .mov .ac3".split())
-# Up to this far, `decode` skips by decoding, which is exact in every format. Further, it seeks.
-SEEK_SECONDS = 30
 USAGE = (
-    f"give a folder, a list or a .tar of {b' '.join(AUDIO).decode()}; a list is a .txt with a path "
-    "a line, or a .csv or .tsv with paths in its first column"
+    "give a folder, a list or a .tar of what libsndfile decodes (.wav, .flac, .ogg, .mp3 and more, "
+    "not .m4a); a list is a .txt with a path a line, or a .csv or .tsv that begins with paths"
 )
 
 
-def find_recordings(path: str | os.PathLike) -> tuple[bytes, np.ndarray]:
+def find_recordings(path):
     """All recordings of a folder, list, tar or file -> its folder, and a sorted array of entries.
 
     An entry is a path relative to the folder, or, for a member of a tar, its name, the shard, the
@@ -499,10 +459,6 @@ def find_recordings(path: str | os.PathLike) -> tuple[bytes, np.ndarray]:
     strings would be copied into every worker. ValueError says what is wrong with the path.
     """
     path = os.fsencode(path)
-    if not os.path.exists(path):
-        raise ValueError(f"{printable(path)}: does not exist")
-    if os.path.exists(os.path.join(path, b"pack.json")):
-        raise ValueError(f"{printable(path)}: is packed; give the recordings themselves")
     root = os.path.dirname(path)
     names = [os.path.basename(path)]
     is_list = path.lower().endswith((b".txt", b".csv", b".tsv"))
@@ -512,25 +468,22 @@ def find_recordings(path: str | os.PathLike) -> tuple[bytes, np.ndarray]:
     elif is_list:
         names = read_list(path)
     entries = []
-    left_out = Counter()
     for name in names:
-        extension = os.path.splitext(name)[1].lower()
-        if extension == b".tar":
+        if name.lower().endswith(b".tar"):
             entries += tar_members(root, name)
-        elif extension in AUDIO or is_list:  # listed files are accepted whatever their extension
+        elif is_list or name.lower().endswith(AUDIO):  # a listed file may have any extension
             entries.append(name)
-        elif extension in OTHER_AUDIO:
-            left_out[extension.decode()] += 1
-    if left_out:
-        warn(f"{printable(path)}: left out are {dict(left_out)}, which ffmpeg can convert")
     if not entries:
-        raise ValueError(f"{printable(path)}: no audio found; {USAGE}")
+        raise ValueError(
+            f"{printable(path)}: does not exist, holds no audio, or is packed, which only train.py "
+            f"reads; {USAGE}"
+        )
     return root, np.sort(np.array(entries))
 
 
 def walk(root):
     """Yield all files below a folder, relative to it. Links are followed, but each real folder is
-    visited once. Hidden files and folders (.git, ._copy.wav of macOS) are left out."""
+    visited once. Hidden files (._copy.wav of macOS) are left out."""
     seen = set()
     prefix = os.path.join(root, b"")
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=warn):
@@ -539,7 +492,7 @@ def walk(root):
             subfolders.clear()  # tells os.walk not to go on here
             continue
         seen.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith(b"."))
+        subfolders.sort()
         for name in names:
             if not name.startswith(b"."):
                 yield os.path.join(folder, name).removeprefix(prefix)
@@ -553,17 +506,16 @@ def read_list(path):
     if not is_txt:
         delimiter = "," if path.lower().endswith(b".csv") else "\t"
         lines = [cells[0] for cells in csv.reader(lines, delimiter=delimiter) if cells]
-    names = [os.fsencode(line) for line in lines if line.strip()]
-    folder = os.path.dirname(path)
-    missing = [name for name in names if not os.path.isfile(os.path.join(folder, name))]
-    if missing and missing[0] == names[0] and not is_txt and not names[0].lower().endswith(AUDIO):
-        names = names[1:]  # the first is a heading
-        missing = missing[1:]
-    if missing:
-        raise ValueError(
-            f"{printable(path)}: {len(missing)} of its {len(names)} lines name no file, as "
-            f"{printable(missing[0])} (for several folders, put links to them into one); {USAGE}"
-        )
+    names = []
+    for number, line in enumerate(lines):
+        name = os.fsencode(line)
+        if os.path.isfile(os.path.join(os.path.dirname(path), name)):
+            names.append(name)
+        elif line.strip() and (is_txt or number > 0):  # the first of a table may be a heading
+            raise ValueError(
+                f"{printable(path)}: there is no file {printable(name)} in its folder (for several "
+                f"folders, put links to them into one); {USAGE}"
+            )
     return names
 
 
@@ -573,15 +525,10 @@ def tar_members(root, shard):
         with tarfile.open(os.path.join(root, shard), "r:") as tar:
             for member in tar:
                 name = os.fsencode(os.path.normpath(member.name))  # not ./name
-                if not member.isfile() or not name.lower().endswith(AUDIO):
-                    continue
-                if member.issparse():  # its bytes do not lie in one piece
-                    warn(f"left out: {printable(name)} is a sparse member of {printable(shard)}")
-                    continue
-                offset = b"%d" % member.offset_data
-                size = b"%d" % member.size
-                yield b"\0".join([shard + b"/" + name, shard, offset, size])
-    except (tarfile.TarError, OSError) as error:
+                if member.isfile() and name.lower().endswith(AUDIO):
+                    place = b"%s\0%d\0%d" % (shard, member.offset_data, member.size)
+                    yield shard + b"/" + name + b"\0" + place
+    except tarfile.TarError as error:
         warn(f"{printable(shard)} cannot be read to its end: {error}")
 
 
@@ -589,7 +536,7 @@ def warn(message):
     print(f"warning: {message}", file=sys.stderr)
 
 
-def printable(name: str | bytes | os.PathLike) -> str:
+def printable(name):
     """A path on one line, whatever bytes it holds."""
     return repr(os.fsdecode(name))[1:-1]
 
@@ -606,29 +553,24 @@ def decode(sound, skip, count):
 
     A damaged file gives what comes before the damage. ValueError if it holds NaN or Inf.
     """
-    if skip > SEEK_SECONDS * sound.samplerate:
-        try:
+    # Up to 30 s are skipped by decoding, which is exact in every format.
+    if skip > 30 * sound.samplerate:
+        with contextlib.suppress(RuntimeError):  # some formats cannot seek
             sound.seek(skip, os.SEEK_CUR)
             skip = 0
-        except RuntimeError:  # the file is cut, or its format cannot seek
-            return np.empty(0, np.float32)
     missing = skip + count
-    parts = [np.empty(0, np.float32)]
+    parts = [torch.empty(0)]
     while missing > 0:
-        size = min(missing, 60 * sound.samplerate)
-        part = np.full((size, sound.channels), np.nan, np.float32)
+        part = torch.full((min(missing, 60 * sound.samplerate), sound.channels), torch.nan)
         try:
-            decoded = len(sound.read(out=part))
+            decoded = len(sound.read(out=part.numpy()))
         except RuntimeError:  # what was decoded before the damage is in `part`
-            decoded = np.isfinite(part[:, 0]).sum()
-        mono = part[:decoded, 0]
-        if sound.channels > 1:  # mono files skip the mean: 20 % faster
-            mono = part[:decoded].mean(axis=1)
-        parts.append(mono)
+            decoded = int(part[:, 0].isfinite().sum())
+        parts.append(part[:decoded].mean(dim=1))
         missing -= decoded
-        if decoded < size:
+        if decoded < len(part):
             break
-    waveform = np.concatenate(parts)[skip:]
+    waveform = torch.cat(parts)[skip:].numpy()
     if not np.isfinite(waveform).all():
         raise ValueError("holds NaN or Inf")
     return waveform
@@ -636,8 +578,6 @@ def decode(sound, skip, count):
 
 def resample(waveform, rate, new_rate):
     """[samples] at one rate -> [samples] at another."""
-    if rate == new_rate:
-        return waveform
     return resampler(rate, new_rate)(torch.from_numpy(waveform)).numpy()
 
 
@@ -650,59 +590,55 @@ def resampler(rate, new_rate):
 
 
 @contextlib.contextmanager
-def whole_file(path: str | os.PathLike):
+def whole_file(path):
     """with whole_file(path) as file: write all of it or nothing, even if the power fails or the
     disk is full. OSError says why; what was there before is kept."""
-    temporary = f"{os.fspath(path)}.tmp"
+    temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())  # or a power cut could leave the new name on an empty file
         os.replace(temporary, path)
-    except BaseException as error:
-        if os.path.exists(temporary):
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
             os.remove(temporary)
-        # torch.save hides the disk's error behind a RuntimeError.
-        cause = error.__context__ if isinstance(error, RuntimeError) else error
-        if isinstance(cause, OSError):
-            cause = OSError(f"cannot write {path}: {cause}; what was there before is kept")
-            raise cause from error
-        raise
+        cause = error
+        if isinstance(error.__context__, OSError):  # torch.save hides the disk's error
+            cause = error.__context__
+        raise OSError(f"cannot write {path}: {cause}; what was there before is kept") from error
 
 
 # ------------------------------------------------------------------------------------------------
 # python data.py scan | pack
 
 
-class EachRecording(Dataset):
-    """work(files, i) of every recording -> (i, its result, why it failed)."""
-
-    def __init__(self, files, work):
-        self.files = files
-        self.work = work
-
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, i):
-        try:
-            return i, self.work(self.files, i), None
-        except UNREADABLE as error:
-            return i, None, str(error)
-
-
-def in_workers(work, files):
-    """A loader of (i, work(files, i), reason it failed) of all recordings, in order."""
-    return DataLoader(
-        EachRecording(files, work),
+def each_recording(files, work):
+    """Yield (name, work(files, i)) of every recording, in order, from worker processes. Print why a
+    recording cannot be used."""
+    loader = DataLoader(
+        range(len(files)),
         batch_size=None,
         num_workers=usable_cores(),
-        collate_fn=tuple,  # leaves arrays what they are: the default makes tensors of them
+        collate_fn=functools.partial(attempt, files, work),  # DataLoader calls it in the workers
     )
+    for name, result, reason in tqdm(loader, disable=None):
+        if reason is None:
+            yield name, result
+        else:
+            tqdm.write(printable(f"{name}: {reason}"))
 
 
-def usable_cores() -> int:
+def attempt(files, work, i):
+    """-> (name, work(files, i), why it failed)"""
+    name = files.name(i)
+    try:
+        return name, work(files, i), None
+    except UNREADABLE as error:
+        return name, None, str(error)
+
+
+def usable_cores():
     """The cores that this process may use: fewer than the machine's under Slurm or Docker."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS
         return len(os.sched_getaffinity(0))
@@ -710,29 +646,27 @@ def usable_cores() -> int:
 
 
 def measure_recording(files, i):
-    """Decode a recording to its end -> (seconds, sample rate, channels, peak)."""
+    """Decode a recording to its end -> what it adds to the counts of `scan`."""
     with files.open(i) as sound:
         waveform = decode(sound, 0, sound.frames)
-        if len(waveform) == 0:
-            raise ValueError("nothing in it can be decoded")
-        peak = np.abs(waveform).max()
-        return len(waveform) / sound.samplerate, sound.samplerate, sound.channels, peak
+    if len(waveform) == 0:
+        raise ValueError(NOTHING)
+    seconds = len(waveform) / sound.samplerate
+    return {
+        "unreadable": -1,
+        "hours": seconds / 3600,
+        "silent": not waveform.any(),
+        "shorter than 10 s": seconds < 10,
+        f"{sound.samplerate} Hz": 1,
+        f"{sound.channels} channels": 1,
+    }
 
 
 def scan(files):
     """Print what a set holds."""
-    counts = Counter(recordings=len(files))
-    for i, measured, reason in tqdm(in_workers(measure_recording, files), disable=None):
-        if reason is not None:
-            tqdm.write(f"{printable(files.name(i))}: {reason}")
-            counts["unreadable"] += 1
-            continue
-        seconds, rate, channels, peak = measured
-        counts["hours"] += seconds / 3600
-        counts["silent"] += int(peak == 0)
-        counts["shorter than 10 s"] += int(seconds < 10)
-        counts[f"{rate} Hz"] += 1
-        counts[f"{channels} channels"] += 1
+    counts = Counter(recordings=len(files), unreadable=len(files))
+    for _, measured in each_recording(files, measure_recording):
+        counts.update(measured)
     for name, number in counts.items():
         print(f"{number:12.6g}  {name}")
 
@@ -752,28 +686,20 @@ def all_frames(log_mel, files, i):
 def pack(files, out):
     """Write the log-mel frames of all recordings into one file, and an index into another: of each
     recording its name, that file, its first frame, and the number of its frames."""
-    os.makedirs(out, exist_ok=True)
-    if os.path.exists(os.path.join(out, "index.npy")):
-        raise ValueError(f"{out}: holds a packed set already")
+    os.makedirs(out)
     work = functools.partial(all_frames, LogMel(files.rate))
     entries = []
     total = 0
     with whole_file(os.path.join(out, "frames.f16")) as file:
-        for i, frames, reason in tqdm(in_workers(work, files), disable=None):
-            if reason is not None:
-                tqdm.write(f"left out: {printable(files.name(i))}: {reason}")
-                continue
-            entry = f"{files.name(i)}\0frames.f16\0{total}\0{len(frames)}"
-            entries.append(os.fsencode(entry))
+        for name, frames in each_recording(files, work):
+            entries.append(os.fsencode(f"{name}\0frames.f16\0{total}\0{len(frames)}"))
             file.write(frames.tobytes())
             total += len(frames)
-    if not entries:
-        raise ValueError(f"{out}: none of the recordings can be packed")
     with whole_file(os.path.join(out, "pack.json")) as file:
         file.write(json.dumps({"sample_rate": files.rate}).encode())
     with whole_file(os.path.join(out, "index.npy")) as file:
         np.save(file, np.array(entries))
-    print(f"{len(entries)} of {len(files)} recordings packed in {printable(out)}")
+    print(f"{len(entries)} of {len(files)} recordings packed in {out}")
 
 
 def main():
@@ -783,15 +709,13 @@ def main():
     parser.add_argument("out", nargs="?", default="packed", help="folder that pack writes")
     parser.add_argument("--sample-rate", type=int, default=32000, help="of the pack, in Hz")
     args = parser.parse_args()
-    # A terminal may lack the letters of a name, and a log is read while it is written.
-    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         files = AudioFiles(args.path, args.sample_rate)
         if args.command == "scan":
             scan(files)
         else:
             pack(files, args.out)
-    except (OSError, ValueError, RuntimeError) as error:  # the last: a worker that was killed
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -18,15 +18,12 @@ ones, D encoder width, T spectrogram frames, F mel bands.
 import argparse
 import contextlib
 import copy
-import csv
 import dataclasses
-import functools
 import math
+import multiprocessing
 import os
 import signal
 import sys
-import tempfile
-import threading
 import time
 import timeit
 from dataclasses import dataclass
@@ -43,7 +40,6 @@ from data import (
     FRAMES_PER_SECOND,
     PATCH_SECONDS,
     AudioClips,
-    Clips,
     LogMel,
     SyntheticClips,
     clip_loader,
@@ -58,7 +54,6 @@ from model import (
     JEPA,
     LOSSES,
     PRESETS,
-    JEPAConfig,
     VisionTransformer,
     count_millions,
     gather_tokens,
@@ -112,14 +107,13 @@ class StepResult:
 
     loss: float  # mean over the clips of this process
     grad_norm: float  # over all processes; NaN or Inf: the step was skipped
-    targets: list[torch.Tensor]  # [B, N, D] of each micro-batch, from the target encoder
-    target_idx: list[torch.Tensor]  # [B, M] of each micro-batch
+    targets: torch.Tensor  # [B, N, D] of all its micro-batches, from the target encoder
+    target_idx: torch.Tensor  # [B, M]
 
 
 def train_step(run: Run, step: int, clips: list[torch.Tensor]) -> StepResult:
     """One optimizer step; `clips` are the micro-batches of this process, from the loader."""
     args = run.args
-    result = StepResult(loss=0.0, grad_norm=math.nan, targets=[], target_idx=[])
 
     # 1. Masks. Every process draws those of the whole batch, and uses its share.
     context_idx, target_idx = draw_masks(
@@ -132,49 +126,42 @@ def train_step(run: Run, step: int, clips: list[torch.Tensor]) -> StepResult:
         run.device,
     )
     losses = []
+    all_targets = []
     for micro, share in enumerate(run.shares):
         spectrogram = run.log_mel(clips[micro].to(run.device, non_blocking=True))  # [B, 1, T, F]
         # DDP averages the gradients over the processes during `backward`. Once a step is enough:
         # until the last micro-batch they only add up in each process.
-        sync = contextlib.nullcontext()
-        if run.ddp_model is not run.model and micro < args.accum - 1:
-            sync = run.ddp_model.no_sync()
-        with sync:
-            autocast = run.precision != torch.float32
-            with torch.autocast(run.device.type, dtype=run.precision, enabled=autocast):
-                # 2. Targets. The target encoder sees the whole clip. It needs no backward pass,
-                # because of the stop-gradient: see JEPA.forward.
-                with torch.no_grad():
-                    targets = run.target_encoder(spectrogram)  # [B, N, D]
-                # 3. Context, prediction, loss.
-                loss = run.ddp_model(spectrogram, context_idx[share], target_idx[share], targets)
-            run.scaler.scale(loss / args.accum).backward()
+        run.ddp_model.require_backward_grad_sync = micro == args.accum - 1
+        autocast = run.precision != torch.float32
+        with torch.autocast(run.device.type, dtype=run.precision, enabled=autocast):
+            # 2. Targets. The target encoder sees the whole clip. It needs no backward pass, because
+            # of the stop-gradient: see JEPA.forward.
+            with torch.no_grad():
+                targets = run.target_encoder(spectrogram)  # [B, N, D]
+            # 3. Context, prediction, loss.
+            loss = run.ddp_model(spectrogram, context_idx[share], target_idx[share], targets)
+        run.scaler.scale(loss / args.accum).backward()
         losses.append(loss.detach())
-        result.targets.append(targets)
-        result.target_idx.append(target_idx[share])
-    result.loss = torch.stack(losses).mean().item()
+        all_targets.append(targets)
 
-    # Skip a step whose gradient is not finite. All processes have the same gradient by now, so all
-    # of them skip it.
+    # A step whose gradient is not finite is skipped. All processes have the same gradient by now,
+    # so all of them skip it.
     run.scaler.unscale_(run.optimizer)
     gradients = [parameter.grad for parameter in run.model.parameters()]
-    result.grad_norm = torch.nn.utils.get_total_norm(gradients).item()
-    if not math.isfinite(result.grad_norm):
-        run.scaler.update()  # lowers the scale of fp16
-        run.optimizer.zero_grad()
-        return result
-
-    # 4. Optimizer.
-    for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(step, args.steps, args.lr, args.warmup)
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
+    grad_norm = torch.nn.utils.get_total_norm(gradients).item()
+    if math.isfinite(grad_norm):
+        # 4. Optimizer.
+        for group in run.optimizer.param_groups:
+            group["lr"] = learning_rate(step, args.steps, args.lr, args.warmup)
+        run.scaler.step(run.optimizer)
+        # 5. EMA. The target encoder follows the context encoder.
+        decay = ema_decay(step, args.steps, args.ema, args.ema_end)
+        update_ema(run.target_encoder, run.model.context_encoder, decay)
+    run.scaler.update()  # after a skipped step, it lowers the scale of fp16
     run.optimizer.zero_grad()
-
-    # 5. EMA. The target encoder follows the context encoder.
-    decay = ema_decay(step, args.steps, args.ema, args.ema_end)
-    update_ema(run.target_encoder, run.model.context_encoder, decay)
-    return result
+    loss = torch.stack(losses).mean().item()
+    target_idx = [target_idx[share] for share in run.shares]
+    return StepResult(loss, grad_norm, torch.cat(all_targets), torch.cat(target_idx))
 
 
 @dataclass
@@ -199,20 +186,15 @@ class Interval:
     losses: list[float] = dataclasses.field(default_factory=list)  # of steps that were not skipped
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv=None):
     args = parse_args(argv)
     try:
-        with StopSignals() as stop:
-            train(args, stop)
+        train(args, StopSignals())
     except OSError as error:  # a full disk, for instance
         fail(error, 1)
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        fail(f"{error} (mostly for lack of memory: fewer --workers need less)", 1)
 
 
-def train(args: argparse.Namespace, stop: "StopSignals") -> None:
+def train(args, stop):
     """A run from its flags to its end."""
     out = Path(args.out)
     processes = launched_processes()
@@ -221,10 +203,11 @@ def train(args: argparse.Namespace, stop: "StopSignals") -> None:
     try:
         device = choose_device()
         out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()  # OSError if nothing can be written there
-        checkpoint = find_checkpoint(out)
+        checkpoint = None
         initial = None
-        if args.init is not None and checkpoint is None:
+        if (out / "last.pt").exists():
+            checkpoint = load_checkpoint(out / "last.pt")
+        elif args.init is not None:
             initial = load_checkpoint(args.init)
         clips = open_clips(args)
         config = config_of(args)
@@ -238,9 +221,10 @@ def train(args: argparse.Namespace, stop: "StopSignals") -> None:
 
     # ---- Build, then resume or begin.
     connect(processes, device)
-    amp = from_first_process(choose_amp(args.amp, device.type, checkpoint))
-    # All processes have measured the same clips, but one may have failed to read some of them.
-    log_mel.mean, log_mel.std = from_first_process((log_mel.mean, log_mel.std))
+    # All processes take what the first has chosen and measured, because another may have failed to
+    # read a clip.
+    chosen = (choose_amp(args.amp, device.type, checkpoint), log_mel.mean, log_mel.std)
+    amp, log_mel.mean, log_mel.std = from_all_processes(chosen)[0]
     run = build_run(args, config, log_mel, processes, device, PRECISIONS[amp])
     settings = settings_of(args, clips, amp)
     progress = Progress()
@@ -264,7 +248,7 @@ def train(args: argparse.Namespace, stop: "StopSignals") -> None:
     batches = iter(clip_loader(clips, order, args.workers))
     interval = Interval(progress.step, progress.seconds)
     saved = time.monotonic()
-    hide_bar = not (processes.is_first and sys.stderr.isatty())
+    hide_bar = None if processes.is_first else True  # None: unless it is a terminal
     for step in tqdm(steps, initial=progress.step, total=args.steps, disable=hide_bar):
         began = time.perf_counter()
         micro_batches = [next(batches) for _ in range(args.accum)]
@@ -272,15 +256,15 @@ def train(args: argparse.Namespace, stop: "StopSignals") -> None:
         list_bad_files(out / "bad_files.txt", micro_batches)
         result = train_step(run, step, [batch.clips for batch in micro_batches])
 
-        loss = result.loss / processes.count
         reads = sum(batch.reads for batch in micro_batches)
         bad = sum(len(batch.bad) for batch in micro_batches)
-        stops = int(stop.requested)  # if one process is asked to stop, all of them do
-        loss, reads, bad, stops = sum_over_processes([loss, reads, bad, stops], device)
+        of_all = from_all_processes((result.loss, reads, bad, stop.requested))
+        losses, reads, bad, stops = zip(*of_all, strict=True)
+        loss = sum(losses) / processes.count
         progress.step = step + 1
         progress.seconds += time.perf_counter() - began
-        progress.reads += int(reads)
-        progress.bad += int(bad)
+        progress.reads += sum(reads)
+        progress.bad += sum(bad)
         if math.isfinite(result.grad_norm):
             progress.skipped_in_a_row = 0
             interval.losses.append(loss)
@@ -294,7 +278,7 @@ def train(args: argparse.Namespace, stop: "StopSignals") -> None:
             if processes.is_first:
                 write_line(out / "log.csv", line)
             interval = Interval(progress.step, progress.seconds)
-        ends_here = progress.step == args.steps or stops > 0
+        ends_here = progress.step == args.steps or any(stops)  # asked to stop, all do
         keep = progress.step % args.save_every == 0
         if processes.is_first and (keep or ends_here or time.monotonic() - saved > 600):
             save(run, progress, settings, out, keep)
@@ -303,11 +287,7 @@ def train(args: argparse.Namespace, stop: "StopSignals") -> None:
             break
 
     if processes.is_first:
-        path = printable(out / "last.pt")
-        say(f"{progress.step} of {args.steps} steps done, saved in {path}")
-        if progress.step == args.steps:
-            say(f"embed your sounds: python extract.py {path} YOUR/FOLDER --out embeddings.npz")
-            say("train on them: python train.py --recipe small --data YOUR/FOLDER --out runs/mine")
+        say(f"{progress.step} of {args.steps} steps done, saved in {printable(out / 'last.pt')}")
     disconnect()
 
 
@@ -376,7 +356,7 @@ def monitors(targets: torch.Tensor) -> dict[str, float]:
     mean_cosine: between two different clips; 1 if all point the same way.
     """
     token_std = mean_over_processes(targets.std(1, correction=0).mean()).item()
-    pooled = gather_from_processes(targets.mean(1)).cpu().double()
+    pooled = torch.cat(from_all_processes(targets.mean(1).cpu())).double()
     clips = len(pooled)
     effective_rank = math.nan
     if pooled.isfinite().all():  # else the step was skipped, and svdvals takes no NaN
@@ -404,7 +384,7 @@ def explained(jepa: JEPA, loss: float, targets: torch.Tensor, target_idx: torch.
     own mean. targets [B, N, D], target_idx [B, M].
     """
     targets = normalise_targets(targets, jepa.target_norm)
-    mean = mean_over_processes(targets.mean(0))  # [N, D]
+    mean = mean_over_processes(targets.mean(0)).to(targets.device)  # [N, D]
     blind_loss = jepa.loss_function(mean[target_idx], gather_tokens(targets, target_idx))
     blind_loss = mean_over_processes(blind_loss).item()
     if blind_loss == 0:  # one clip is its own mean
@@ -421,8 +401,6 @@ def log_line(run, progress, interval, result, loss, num_clips):
     step = progress.step - 1
     steps = progress.step - interval.first_step
     seconds = progress.seconds - interval.first_second
-    targets = torch.cat(result.targets)
-    target_idx = torch.cat(result.target_idx)
     mean_loss = math.nan
     if interval.losses:
         mean_loss = sum(interval.losses) / len(interval.losses)
@@ -431,12 +409,12 @@ def log_line(run, progress, interval, result, loss, num_clips):
         "epoch": progress.step * args.batch_size / num_clips,
         "seconds": progress.seconds,
         "loss": mean_loss,
-        "explained": explained(run.model, loss, targets, target_idx),
+        "explained": explained(run.model, loss, result.targets, result.target_idx),
         "lr": learning_rate(step, args.steps, args.lr, args.warmup),
         "ema_decay": ema_decay(step, args.steps, args.ema, args.ema_end),
-        "masked": target_idx.shape[1],
+        "masked": result.target_idx.shape[1],
         "grad_norm": result.grad_norm,
-        **monitors(targets),
+        **monitors(result.targets),
         "clips_per_s": steps * args.batch_size / seconds,
         "data_wait": interval.waited / seconds,
         "memory_gib": torch.cuda.max_memory_allocated() / 2**30,  # the most so far, of a GPU
@@ -448,11 +426,10 @@ def log_line(run, progress, interval, result, loss, num_clips):
 def write_line(path, line):
     cells = {name: f"{value:.7g}" for name, value in line.items()}
     say("  ".join(f"{name} {cell}" for name, cell in cells.items()))
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, cells.keys(), lineterminator="\n")
+    with open(path, "a") as file:
         if file.tell() == 0:
-            writer.writeheader()
-        writer.writerow(cells)
+            file.write(",".join(cells) + "\n")
+        file.write(",".join(cells.values()) + "\n")
 
 
 def say(text):
@@ -467,22 +444,20 @@ def say(text):
 
 def cut_log(path, step):
     """Drop the lines of steps that will be logged again, and half a line at the end."""
-    if step == 0 or not path.exists():
-        path.unlink(missing_ok=True)
-        return
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        is_header = line.startswith("step")
-        if line.endswith("\n") and (is_header or float(line.split(",")[0]) <= step):
-            kept.append(line)
-    with whole_file(path) as file:
-        file.write("".join(kept).encode())
+    if path.exists():
+        kept = []
+        for line in path.read_text().splitlines(keepends=True):
+            first = line.split(",")[0]
+            if line.endswith("\n") and (first == "step" or float(first) <= step):
+                kept.append(line)
+        with whole_file(path) as file:
+            file.write("".join(kept).encode())
 
 
 # ---- Settings and checkpoints
 
 
-def config_of(args) -> JEPAConfig:
+def config_of(args):
     """The preset, and what the flags change in it."""
     return dataclasses.replace(
         PRESETS[args.model],
@@ -538,18 +513,16 @@ def save(run, progress, settings, out, keep):
             torch.save(checkpoint, file)
 
 
-def load_checkpoint(path: str | os.PathLike) -> dict:
+def load_checkpoint(path):
     """Read a checkpoint as plain data: nothing in the file is executed.
 
     ValueError if it is damaged, of another format, or holds more than tensors and plain types.
     """
-    if os.path.isdir(path):
-        raise ValueError(f"{path} is a folder: name the last.pt or a step-*.pt in it")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         file_format = checkpoint["format"]
     except Exception as error:  # torch.load can raise anything on a damaged file
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = type(error).__name__
         raise ValueError(f"{path}: not a checkpoint that can be read ({reason})") from None
     if file_format != CHECKPOINT_FORMAT:
         raise ValueError(f"{path}: of the format {file_format}, not {CHECKPOINT_FORMAT}")
@@ -557,16 +530,6 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
 
 
 # ---- Resume and --init
-
-
-def find_checkpoint(out):
-    """The last.pt of a run to be resumed, or None for a new run. ValueError: it cannot be read."""
-    path = out / "last.pt"
-    if path.exists():
-        return load_checkpoint(path)
-    if any(out.glob("step-*.pt")):
-        raise ValueError(f"{out} holds a run without its last.pt: start with another --out")
-    return None
 
 
 def resume(run, checkpoint, settings) -> Progress:
@@ -580,8 +543,6 @@ def resume(run, checkpoint, settings) -> Progress:
                 f"{flag} is {value}, but {before} in {last}: "
                 f"keep to it, or use --init {last} with another --out"
             )
-    if "optimizer" not in checkpoint:
-        raise ValueError(f"{last} has no optimizer: use --init {last} with another --out")
     for name, part in stateful_parts(run).items():
         part.load_state_dict(checkpoint[name])
     run.log_mel.mean = checkpoint["config"]["log_mel"]["mean"]
@@ -591,27 +552,25 @@ def resume(run, checkpoint, settings) -> Progress:
 
 def start_from(run, checkpoint):
     """--init: begin with the networks of a checkpoint. ValueError: they do not fit."""
-    init = run.args.init
-    positions = checkpoint["config"]["model"]["positions"]
-    if positions != run.args.positions:  # the shapes of the weights do not tell
-        raise ValueError(f"--init {init} has positions {positions}: set --positions to it")
-    if "context_encoder" not in checkpoint:  # the small weights of .github/export.py
-        checkpoint["context_encoder"] = dict(checkpoint["target_encoder"])
+    args = run.args
+    config = vars(run.model.config)
+    theirs = checkpoint["config"]["model"] | {"time_bins": config["time_bins"]}  # may differ
+    if theirs != config:
+        raise ValueError(
+            f"--init {args.init} does not fit --model {args.model} --positions {args.positions}"
+        )
+    # The small weights of .github/export.py are a target encoder alone.
+    checkpoint.setdefault("context_encoder", checkpoint["target_encoder"])
     for name in ("context_encoder", "target_encoder", "predictor"):
-        if name not in checkpoint:
-            continue
-        network = stateful_parts(run)[name]
-        checkpoint[name]["pos_embed"] = network.pos_embed  # --clip-seconds may differ
-        try:
-            network.load_state_dict(checkpoint[name])
-        except RuntimeError:
-            raise ValueError(f"--init {init} does not fit --model {run.args.model}") from None
+        if name in checkpoint:
+            network = stateful_parts(run)[name]
+            network.load_state_dict(checkpoint[name] | {"pos_embed": network.pos_embed})
 
 
 # ---- Data of a run
 
 
-def open_clips(args) -> Clips:
+def open_clips(args):
     """The clips of --data. ValueError says what is wrong with it."""
     if args.data is None:
         return SyntheticClips(args.sample_rate, args.clip_seconds, args.seed)
@@ -623,8 +582,9 @@ def list_bad_files(path, batches):
     for batch in batches:
         for name, reason in batch.bad:
             line = f"{printable(name)}\t{printable(reason)}\n"
-            if not path.exists() or line not in path.read_text().splitlines(keepends=True):
-                with open(path, "a") as file:
+            with open(path, "a+") as file:
+                file.seek(0)
+                if line not in file:  # reads all lines, and what is written comes after them
                     file.write(line)
 
 
@@ -638,18 +598,13 @@ def stop_if_hopeless(progress, out):
 
 def describe(run, settings, processes, progress):
     """What the run is about to do, to be printed at its start."""
-    args = run.args
-    device = str(run.device)
-    if run.device.type == "cuda":
-        device = torch.cuda.get_device_name()
     return "\n".join(
         [
             "settings   " + "  ".join(f"{name} {value}" for name, value in settings.items()),
             f"log-mel    mean {run.log_mel.mean:.4f}, std {run.log_mel.std:.4f}",
             f"model      {count_millions(run.model):.1f} M parameters in training",
-            f"device     {device}, {processes.count} processes",
-            f"steps      {progress.step} of {args.steps} done",
-            f"log        {printable(Path(args.out) / 'log.csv')}",
+            f"device     {run.device}, {processes.count} processes",
+            f"steps      {progress.step} of {run.args.steps} done",
         ]
     )
 
@@ -657,15 +612,11 @@ def describe(run, settings, processes, progress):
 # ---- Device and precision
 
 
-def choose_device() -> torch.device:
+def choose_device():
     """A GPU for each process of a machine, else MPS, else the CPU."""
-    processes = launched_processes()
     if torch.cuda.is_available():
-        gpus = torch.cuda.device_count()
-        if processes.local_count > gpus:
-            raise ValueError(f"{processes.local_count} processes on a machine of {gpus} GPUs")
-        torch.cuda.set_device(processes.local_rank)
-        return torch.device("cuda", processes.local_rank)
+        torch.cuda.set_device(launched_processes().local_rank)
+        return torch.device("cuda", torch.cuda.current_device())
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")
@@ -674,7 +625,7 @@ def choose_device() -> torch.device:
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
 
 
-def choose_amp(amp: str, device_type: str, checkpoint: dict | None = None) -> str:
+def choose_amp(amp, device_type, checkpoint=None):
     """--amp as one of PRECISIONS. `auto` is bf16 where the hardware multiplies it, and fp16 on
     older GPUs. A resumed run keeps what it began with."""
     if amp != "auto":
@@ -689,18 +640,14 @@ def choose_amp(amp: str, device_type: str, checkpoint: dict | None = None) -> st
     return "off"
 
 
-@functools.cache
 def bf16_is_faster():
     """Time a matrix product on the CPU, because its flags do not tell: of two CPUs with bf16
     instructions, one multiplied 4 times as fast as in fp32, the other half as fast. bf16 must win
     clearly, because its casts cost time as well."""
     fp32 = torch.ones(1024, 1024)
     bf16 = fp32.bfloat16()
-    seconds_fp32 = []
-    seconds_bf16 = []
-    for _ in range(12):  # in turns, so that other load on the machine slows down both
-        seconds_fp32.append(timeit.timeit(lambda: fp32 @ fp32, number=1))
-        seconds_bf16.append(timeit.timeit(lambda: bf16 @ bf16, number=1))
+    seconds_fp32 = timeit.repeat(lambda: fp32 @ fp32, number=1, repeat=12)
+    seconds_bf16 = timeit.repeat(lambda: bf16 @ bf16, number=1, repeat=12)
     return min(seconds_bf16) < min(seconds_fp32) / 1.5
 
 
@@ -727,8 +674,6 @@ def launched_processes() -> Processes:
     env = os.environ
     if "RANK" not in env or "MASTER_ADDR" not in env or env.get("WORLD_SIZE", "1") == "1":
         return Processes()
-    if "LOCAL_RANK" not in env:
-        fail("RANK and WORLD_SIZE are set, but no LOCAL_RANK: start it with torchrun")
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     return Processes(*[int(env[name]) for name in names])
 
@@ -755,52 +700,28 @@ def disconnect():
         dist.destroy_process_group()
 
 
-def from_first_process(value):
-    """The value that process 0 has, in all processes."""
+def from_all_processes(value):
+    """The values of all processes, in all of them. Tensors must be on the CPU."""
     if not dist.is_initialized():
-        return value
-    values = [value]
-    dist.broadcast_object_list(values)
-    return values[0]
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def mean_over_processes(tensor):
+    return torch.stack(from_all_processes(tensor.cpu())).mean(0)
 
 
 def refuse_disagreement(settings):
     """ValueError if processes differ, because they would average unrelated gradients."""
-    if not dist.is_initialized():
-        return
-    gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, settings)
-    for rank, others in enumerate(gathered):
+    for rank, others in enumerate(from_all_processes(settings)):
         for name, value in settings.items():
             if others[name] != value:
                 raise ValueError(
                     f"{name} is {value}, but {others[name]} in process {rank}: all need the same "
                     "flags and data, and one --out that they share"
                 )
-
-
-def sum_over_processes(numbers: list[float], device) -> list[float]:
-    """Each number, summed over the processes, in one exchange."""
-    sums = torch.tensor(numbers, device=device, dtype=torch.float32)
-    if dist.is_initialized():
-        dist.all_reduce(sums)
-    return sums.tolist()
-
-
-def mean_over_processes(tensor):
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-        tensor = tensor / dist.get_world_size()
-    return tensor
-
-
-def gather_from_processes(tensor):
-    """[B, D] in each process -> [B * processes, D] in all of them."""
-    if not dist.is_initialized():
-        return tensor
-    gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, tensor)
-    return torch.cat(gathered)
 
 
 class StopSignals:
@@ -810,30 +731,21 @@ class StopSignals:
     passes on signals that its processes have received already.
     """
 
-    def __enter__(self):
-        self.requested_at = math.inf
-        self.before = {}
-        if threading.current_thread() is threading.main_thread():  # only it receives signals
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self.before[number] = signal.signal(number, self.handle)
-        return self
-
-    @property
-    def requested(self) -> bool:
-        return self.requested_at < math.inf
+    def __init__(self):
+        self.requested = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.handle)
 
     def handle(self, number, frame):
-        now = time.monotonic()
-        if now > self.requested_at + 5:
-            os._exit(128 + number)
-        if not self.requested and launched_processes().is_first:
+        if not self.requested:
+            self.requested = True
+            self.at_once_from = time.monotonic() + 5
             with contextlib.suppress(OSError):  # the terminal may be gone
                 os.write(2, b"\nstopping after this step; a signal after 5 s stops at once\n")
-        self.requested_at = min(self.requested_at, now)
-
-    def __exit__(self, *exception):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        elif time.monotonic() > self.at_once_from:
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            os._exit(128 + number)
 
 
 # ---- Flags
@@ -851,18 +763,6 @@ def fail(message, code=2):
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
         fail(message)
-
-
-def positive(text):
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return int(text)
-
-
-def fraction(text):
-    if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return float(text)
 
 
 RECIPES = {  # flags that belong together; one that is given on the command line wins
@@ -883,71 +783,57 @@ RECIPES = {  # flags that belong together; one that is given on the command line
 
 
 def parse_args(argv):
-    recipe = OneLineParser(add_help=False)  # read first, because it sets the other defaults
-    recipe.add_argument("--recipe", choices=list(RECIPES), default="paper", help="a set of flags")
     parser = OneLineParser(
         description="Pretrain Audio-JEPA. The defaults are the paper's.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        parents=[recipe],
     )
     add = parser.add_argument
-    add("--data", metavar="PATH", help="folder, list, tar shards, packed folder; none: synthetic")
-    add("--out", metavar="DIR", default="runs/audio-jepa", help="for log and checkpoints; resumes")
-    add("--init", metavar="CHECKPOINT", help="begin with the weights of another run")
+    add("--recipe", choices=list(RECIPES), default="paper", help="a set of other defaults")
+    add("--data", help="folder, list, tar shards, packed folder; none: synthetic")
+    add("--out", default="runs/audio-jepa", help="for log and checkpoints; resumes")
+    add("--init", help="checkpoint of another run, to begin with its weights")
     add("--model", choices=list(PRESETS), default="base", help="size of the networks")
     add("--positions", choices=["sincos", "rotary"], default="sincos", help="codes of the patches")
-    add("--steps", type=positive, default=100000, help="optimizer steps of the whole run")
-    add("--batch-size", type=positive, default=256, help="clips in a step, over all processes")
-    add("--accum", type=positive, default=1, help="micro-batches in a step, to save memory")
+    add("--steps", type=int, default=100000, help="optimizer steps of the whole run")
+    add("--batch-size", type=int, default=256, help="clips in a step, over all processes")
+    add("--accum", type=int, default=1, help="micro-batches in a step, to save memory")
     add("--lr", type=float, default=3e-4, help="peak learning rate")
-    add("--warmup", type=int, default=1000, help="steps from lr 1e-6 to the peak")
+    add(
+        "--warmup",
+        type=int,
+        default=1000,
+        help="steps from lr 1e-6 to the peak; if that is all steps, a tenth of them",
+    )
     add("--weight-decay", type=float, default=0.05, help="of AdamW, on matrices only")
-    add("--ema", type=fraction, default=0.996, help="decay of the target encoder at step 0")
-    add("--ema-end", type=fraction, default=1.0, help="decay at the last step")
+    add("--ema", type=float, default=0.996, help="decay of the target encoder at step 0")
+    add("--ema-end", type=float, default=1.0, help="decay at the last step")
     add("--target-norm", choices=["token", "clip"], default="token", help="see normalise_targets")
     add("--loss", choices=list(LOSSES), default="l2", help="l2: eq. (2), cosine: the authors' code")
     add("--mask", choices=list(MASKS), default="random", help="which patches are masked")
-    low_high = {"nargs": 2, "default": [0.4, 0.6], "metavar": ("LO", "HI")}
-    add("--mask-ratio", type=fraction, **low_high, help="masked share, drawn once a step")
+    add("--mask-ratio", type=float, nargs=2, default=[0.4, 0.6], help="masked share, from and to")
     add("--sample-rate", type=int, default=32000, help="Hz, a multiple of 128")
     add("--clip-seconds", type=float, default=10.0, help="a multiple of a patch, 0.625")
     add("--amp", choices=["auto", *PRECISIONS], default="auto", help="mixed precision; off: fp32")
     add("--compile", action="store_true", help="torch.compile the three networks")
     add("--workers", type=int, default=default_workers(), help="that read clips, for each process")
     add("--seed", type=int, default=0, help="of everything that is drawn")
-    add("--save-every", type=positive, default=10000, help="steps between kept checkpoints")
-    add("--log-every", type=positive, default=50, help="steps between the lines of the log")
-    chosen, _ = recipe.parse_known_args(argv)
-    parser.set_defaults(**RECIPES[chosen.recipe])
+    add("--save-every", type=int, default=10000, help="steps between kept checkpoints")
+    add("--log-every", type=int, default=50, help="steps between the lines of the log")
+    recipe = parser.parse_args(argv).recipe
+    parser.set_defaults(**RECIPES[recipe])
     args = parser.parse_args(argv)
-    check(parser, args)
-    return args
-
-
-def check(parser, args):
-    """Refuse flags that do not fit together."""
-    processes = launched_processes()
-    unit = args.accum * processes.count
+    if args.warmup >= args.steps:
+        args.warmup = args.steps // 10
+    # What does not fit together.
+    unit = args.accum * launched_processes().count
     if args.batch_size % unit != 0:
         parser.error(
-            f"--batch-size {args.batch_size}: a multiple of {unit} is needed, because of "
-            f"--accum {args.accum} and {processes.count} processes"
+            f"--batch-size {args.batch_size}: a multiple of {unit} is needed, which is "
+            f"--accum {args.accum} times the number of processes"
         )
-    if args.warmup >= args.steps:
-        shorter = args.steps // 10
-        if processes.is_first:
-            say(f"--warmup {args.warmup} is not below --steps {args.steps}: cut to {shorter}")
-        args.warmup = shorter
-    for flag, value, unit in [
-        ("--clip-seconds", args.clip_seconds, PATCH_SECONDS),
-        ("--sample-rate", args.sample_rate, 128),
-    ]:
-        if value <= 0 or value % unit != 0:
-            parser.error(f"{flag} {value}: a multiple of {unit} is needed; recordings may differ")
-    low, high = args.mask_ratio
-    patches = math.prod(config_of(args).grid)
-    if not 1 <= round(low * patches) <= round(high * patches) < patches:
-        parser.error(f"--mask-ratio {low} {high}: must mask some of {patches} patches, not all")
+    if args.clip_seconds % PATCH_SECONDS != 0:
+        parser.error(f"--clip-seconds {args.clip_seconds}: a multiple of {PATCH_SECONDS} is needed")
+    return args
 
 
 def default_workers():

@@ -97,7 +97,7 @@ def main():
     log_mel = LogMel(args.sample_rate, args.clip_seconds, config.time_bins)
     clips = train.open_clips(args)
     train.connect(processes, device)
-    amp = train.from_first_process(train.choose_amp(args.amp, device.type))
+    amp = train.from_all_processes(train.choose_amp(args.amp, device.type))[0]
     precision = train.PRECISIONS[amp]
     run = train.build_run(args, config, log_mel.to(device), processes, device, precision)
     times = measure(run, clips)
