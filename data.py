@@ -445,6 +445,7 @@ def ignore_signals(_):
 # The method ends here. What follows finds and decodes audio.
 
 AUDIO = tuple(b".wav .flac .ogg .oga .opus .mp3 .aiff .aif .aifc .au .caf .rf64 .sph .w64".split())
+OTHER_AUDIO = (b".m4a", b".mp4", b".aac", b".wma", b".webm")  # which libsndfile cannot read
 USAGE = (
     "give a folder, a list or a .tar of what libsndfile decodes (.wav, .flac, .ogg, .mp3 and more, "
     "not .m4a); a list is a .txt with a path a line, or a .csv or .tsv that begins with paths"
@@ -459,6 +460,10 @@ def find_recordings(path):
     strings would be copied into every worker. ValueError says what is wrong with the path.
     """
     path = os.fsencode(path)
+    if not os.path.exists(path):
+        raise ValueError(f"{printable(path)}: does not exist")
+    if os.path.exists(os.path.join(path, b"pack.json")):
+        raise ValueError(f"{printable(path)}: is packed; give the recordings themselves")
     root = os.path.dirname(path)
     names = [os.path.basename(path)]
     is_list = path.lower().endswith((b".txt", b".csv", b".tsv"))
@@ -468,22 +473,24 @@ def find_recordings(path):
     elif is_list:
         names = read_list(path)
     entries = []
+    left_out = 0
     for name in names:
         if name.lower().endswith(b".tar"):
             entries += tar_members(root, name)
         elif is_list or name.lower().endswith(AUDIO):  # a listed file may have any extension
             entries.append(name)
+        elif name.lower().endswith(OTHER_AUDIO):
+            left_out += 1
+    if left_out > 0:
+        warn(f"{printable(path)}: {left_out} files like .m4a are left out; ffmpeg can convert them")
     if not entries:
-        raise ValueError(
-            f"{printable(path)}: does not exist, holds no audio, or is packed, which only train.py "
-            f"reads; {USAGE}"
-        )
+        raise ValueError(f"{printable(path)}: no audio found; {USAGE}")
     return root, np.sort(np.array(entries))
 
 
 def walk(root):
     """Yield all files below a folder, relative to it. Links are followed, but each real folder is
-    visited once. Hidden files (._copy.wav of macOS) are left out."""
+    visited once. Hidden files and folders (.git, ._copy.wav of macOS) are left out."""
     seen = set()
     prefix = os.path.join(root, b"")
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=warn):
@@ -492,7 +499,7 @@ def walk(root):
             subfolders.clear()  # tells os.walk not to go on here
             continue
         seen.add(real)
-        subfolders.sort()
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith(b"."))
         for name in names:
             if not name.startswith(b"."):
                 yield os.path.join(folder, name).removeprefix(prefix)
@@ -555,9 +562,11 @@ def decode(sound, skip, count):
     """
     # Up to 30 s are skipped by decoding, which is exact in every format.
     if skip > 30 * sound.samplerate:
-        with contextlib.suppress(RuntimeError):  # some formats cannot seek
+        try:
             sound.seek(skip, os.SEEK_CUR)
             skip = 0
+        except RuntimeError:  # the file is cut, or its format cannot seek
+            return np.empty(0, np.float32)
     missing = skip + count
     parts = [torch.empty(0)]
     while missing > 0:
@@ -600,13 +609,16 @@ def whole_file(path):
             file.flush()
             os.fsync(file.fileno())  # or a power cut could leave the new name on an empty file
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
+    except BaseException as error:
+        if os.path.exists(temporary):
             os.remove(temporary)
         cause = error
-        if isinstance(error.__context__, OSError):  # torch.save hides the disk's error
-            cause = error.__context__
-        raise OSError(f"cannot write {path}: {cause}; what was there before is kept") from error
+        if isinstance(error, RuntimeError):
+            cause = error.__context__  # torch.save hides the disk's error behind its own
+        if isinstance(cause, OSError):
+            cause = OSError(f"cannot write {path}: {cause}; what was there before is kept")
+            raise cause from error
+        raise
 
 
 # ------------------------------------------------------------------------------------------------
@@ -653,7 +665,6 @@ def measure_recording(files, i):
         raise ValueError(NOTHING)
     seconds = len(waveform) / sound.samplerate
     return {
-        "unreadable": -1,
         "hours": seconds / 3600,
         "silent": not waveform.any(),
         "shorter than 10 s": seconds < 10,
@@ -664,9 +675,13 @@ def measure_recording(files, i):
 
 def scan(files):
     """Print what a set holds."""
-    counts = Counter(recordings=len(files), unreadable=len(files))
+    counts = Counter()
+    unreadable = len(files)
     for _, measured in each_recording(files, measure_recording):
         counts.update(measured)
+        unreadable -= 1
+    print(f"{len(files):12}  recordings")
+    print(f"{unreadable:12}  unreadable")
     for name, number in counts.items():
         print(f"{number:12.6g}  {name}")
 
@@ -695,6 +710,8 @@ def pack(files, out):
             entries.append(os.fsencode(f"{name}\0frames.f16\0{total}\0{len(frames)}"))
             file.write(frames.tobytes())
             total += len(frames)
+    if not entries:
+        raise ValueError(f"{out}: none of the recordings can be packed")
     with whole_file(os.path.join(out, "pack.json")) as file:
         file.write(json.dumps({"sample_rate": files.rate}).encode())
     with whole_file(os.path.join(out, "index.npy")) as file:

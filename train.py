@@ -107,13 +107,14 @@ class StepResult:
 
     loss: float  # mean over the clips of this process
     grad_norm: float  # over all processes; NaN or Inf: the step was skipped
-    targets: torch.Tensor  # [B, N, D] of all its micro-batches, from the target encoder
-    target_idx: torch.Tensor  # [B, M]
+    targets: list[torch.Tensor]  # [B, N, D] of each micro-batch, from the target encoder
+    target_idx: list[torch.Tensor]  # [B, M] of each micro-batch
 
 
 def train_step(run: Run, step: int, clips: list[torch.Tensor]) -> StepResult:
     """One optimizer step; `clips` are the micro-batches of this process, from the loader."""
     args = run.args
+    result = StepResult(loss=0.0, grad_norm=math.nan, targets=[], target_idx=[])
 
     # 1. Masks. Every process draws those of the whole batch, and uses its share.
     context_idx, target_idx = draw_masks(
@@ -126,42 +127,49 @@ def train_step(run: Run, step: int, clips: list[torch.Tensor]) -> StepResult:
         run.device,
     )
     losses = []
-    all_targets = []
     for micro, share in enumerate(run.shares):
         spectrogram = run.log_mel(clips[micro].to(run.device, non_blocking=True))  # [B, 1, T, F]
         # DDP averages the gradients over the processes during `backward`. Once a step is enough:
         # until the last micro-batch they only add up in each process.
-        run.ddp_model.require_backward_grad_sync = micro == args.accum - 1
-        autocast = run.precision != torch.float32
-        with torch.autocast(run.device.type, dtype=run.precision, enabled=autocast):
-            # 2. Targets. The target encoder sees the whole clip. It needs no backward pass, because
-            # of the stop-gradient: see JEPA.forward.
-            with torch.no_grad():
-                targets = run.target_encoder(spectrogram)  # [B, N, D]
-            # 3. Context, prediction, loss.
-            loss = run.ddp_model(spectrogram, context_idx[share], target_idx[share], targets)
-        run.scaler.scale(loss / args.accum).backward()
+        sync = contextlib.nullcontext()
+        if run.ddp_model is not run.model and micro < args.accum - 1:
+            sync = run.ddp_model.no_sync()
+        with sync:
+            autocast = run.precision != torch.float32
+            with torch.autocast(run.device.type, dtype=run.precision, enabled=autocast):
+                # 2. Targets. The target encoder sees the whole clip. It needs no backward pass,
+                # because of the stop-gradient: see JEPA.forward.
+                with torch.no_grad():
+                    targets = run.target_encoder(spectrogram)  # [B, N, D]
+                # 3. Context, prediction, loss.
+                loss = run.ddp_model(spectrogram, context_idx[share], target_idx[share], targets)
+            run.scaler.scale(loss / args.accum).backward()
         losses.append(loss.detach())
-        all_targets.append(targets)
+        result.targets.append(targets)
+        result.target_idx.append(target_idx[share])
+    result.loss = torch.stack(losses).mean().item()
 
-    # A step whose gradient is not finite is skipped. All processes have the same gradient by now,
-    # so all of them skip it.
+    # Skip a step whose gradient is not finite. All processes have the same gradient by now, so all
+    # of them skip it.
     run.scaler.unscale_(run.optimizer)
     gradients = [parameter.grad for parameter in run.model.parameters()]
-    grad_norm = torch.nn.utils.get_total_norm(gradients).item()
-    if math.isfinite(grad_norm):
-        # 4. Optimizer.
-        for group in run.optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.lr, args.warmup)
-        run.scaler.step(run.optimizer)
-        # 5. EMA. The target encoder follows the context encoder.
-        decay = ema_decay(step, args.steps, args.ema, args.ema_end)
-        update_ema(run.target_encoder, run.model.context_encoder, decay)
-    run.scaler.update()  # after a skipped step, it lowers the scale of fp16
+    result.grad_norm = torch.nn.utils.get_total_norm(gradients).item()
+    if not math.isfinite(result.grad_norm):
+        run.scaler.update()  # lowers the scale of fp16
+        run.optimizer.zero_grad()
+        return result
+
+    # 4. Optimizer.
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(step, args.steps, args.lr, args.warmup)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
     run.optimizer.zero_grad()
-    loss = torch.stack(losses).mean().item()
-    target_idx = [target_idx[share] for share in run.shares]
-    return StepResult(loss, grad_norm, torch.cat(all_targets), torch.cat(target_idx))
+
+    # 5. EMA. The target encoder follows the context encoder.
+    decay = ema_decay(step, args.steps, args.ema, args.ema_end)
+    update_ema(run.target_encoder, run.model.context_encoder, decay)
+    return result
 
 
 @dataclass
@@ -228,12 +236,15 @@ def train(args, stop):
     run = build_run(args, config, log_mel, processes, device, PRECISIONS[amp])
     settings = settings_of(args, clips, amp)
     progress = Progress()
+    step = 0
+    if checkpoint is not None:
+        step = checkpoint["step"]
     try:
+        refuse_disagreement(settings | {"step": step})
         if checkpoint is not None:
             progress = resume(run, checkpoint, settings)
         elif initial is not None:
             start_from(run, initial)
-        refuse_disagreement(settings | {"step": progress.step})
     except ValueError as error:
         disconnect()  # together, because gloo aborts where a connection is lost
         fail(error)
@@ -258,13 +269,13 @@ def train(args, stop):
 
         reads = sum(batch.reads for batch in micro_batches)
         bad = sum(len(batch.bad) for batch in micro_batches)
-        of_all = from_all_processes((result.loss, reads, bad, stop.requested))
-        losses, reads, bad, stops = zip(*of_all, strict=True)
-        loss = sum(losses) / processes.count
+        numbers = [result.loss, reads, bad, float(stop.requested)]
+        loss, reads, bad, stops = sum_over_processes(numbers, device)
+        loss /= processes.count
         progress.step = step + 1
         progress.seconds += time.perf_counter() - began
-        progress.reads += sum(reads)
-        progress.bad += sum(bad)
+        progress.reads += int(reads)
+        progress.bad += int(bad)
         if math.isfinite(result.grad_norm):
             progress.skipped_in_a_row = 0
             interval.losses.append(loss)
@@ -278,7 +289,8 @@ def train(args, stop):
             if processes.is_first:
                 write_line(out / "log.csv", line)
             interval = Interval(progress.step, progress.seconds)
-        ends_here = progress.step == args.steps or any(stops)  # asked to stop, all do
+        # If one process is asked to stop, all of them do.
+        ends_here = progress.step == args.steps or stops > 0
         keep = progress.step % args.save_every == 0
         if processes.is_first and (keep or ends_here or time.monotonic() - saved > 600):
             save(run, progress, settings, out, keep)
@@ -287,7 +299,11 @@ def train(args, stop):
             break
 
     if processes.is_first:
-        say(f"{progress.step} of {args.steps} steps done, saved in {printable(out / 'last.pt')}")
+        path = printable(out / "last.pt")
+        say(f"{progress.step} of {args.steps} steps done, saved in {path}")
+        if progress.step == args.steps:
+            say(f"embed your sounds: python extract.py {path} YOUR/FOLDER --out embeddings.npz")
+            say("train on them: python train.py --recipe small --data YOUR/FOLDER --out runs/mine")
     disconnect()
 
 
@@ -401,6 +417,8 @@ def log_line(run, progress, interval, result, loss, num_clips):
     step = progress.step - 1
     steps = progress.step - interval.first_step
     seconds = progress.seconds - interval.first_second
+    targets = torch.cat(result.targets)
+    target_idx = torch.cat(result.target_idx)
     mean_loss = math.nan
     if interval.losses:
         mean_loss = sum(interval.losses) / len(interval.losses)
@@ -409,12 +427,12 @@ def log_line(run, progress, interval, result, loss, num_clips):
         "epoch": progress.step * args.batch_size / num_clips,
         "seconds": progress.seconds,
         "loss": mean_loss,
-        "explained": explained(run.model, loss, result.targets, result.target_idx),
+        "explained": explained(run.model, loss, targets, target_idx),
         "lr": learning_rate(step, args.steps, args.lr, args.warmup),
         "ema_decay": ema_decay(step, args.steps, args.ema, args.ema_end),
-        "masked": result.target_idx.shape[1],
+        "masked": target_idx.shape[1],
         "grad_norm": result.grad_norm,
-        **monitors(result.targets),
+        **monitors(targets),
         "clips_per_s": steps * args.batch_size / seconds,
         "data_wait": interval.waited / seconds,
         "memory_gib": torch.cuda.max_memory_allocated() / 2**30,  # the most so far, of a GPU
@@ -582,9 +600,8 @@ def list_bad_files(path, batches):
     for batch in batches:
         for name, reason in batch.bad:
             line = f"{printable(name)}\t{printable(reason)}\n"
-            with open(path, "a+") as file:
-                file.seek(0)
-                if line not in file:  # reads all lines, and what is written comes after them
+            if not path.exists() or line not in path.read_text().splitlines(keepends=True):
+                with open(path, "a") as file:
                     file.write(line)
 
 
@@ -674,6 +691,8 @@ def launched_processes() -> Processes:
     env = os.environ
     if "RANK" not in env or "MASTER_ADDR" not in env or env.get("WORLD_SIZE", "1") == "1":
         return Processes()
+    if "LOCAL_RANK" not in env:
+        fail("RANK and WORLD_SIZE are set, but no LOCAL_RANK: start it with torchrun")
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     return Processes(*[int(env[name]) for name in names])
 
@@ -709,7 +728,16 @@ def from_all_processes(value):
     return values
 
 
+def sum_over_processes(numbers, device):
+    """Each number, summed over the processes, in one exchange."""
+    sums = torch.tensor(numbers, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    return sums.tolist()
+
+
 def mean_over_processes(tensor):
+    """Of tensors, which are moved to the CPU."""
     return torch.stack(from_all_processes(tensor.cpu())).mean(0)
 
 
