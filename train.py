@@ -24,6 +24,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import time
 import timeit
 from dataclasses import dataclass
@@ -211,6 +212,7 @@ def train(args, stop):
     try:
         device = choose_device()
         out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()  # OSError if nothing can be written there
         checkpoint = None
         initial = None
         if (out / "last.pt").exists():
@@ -540,7 +542,7 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         file_format = checkpoint["format"]
     except Exception as error:  # torch.load can raise anything on a damaged file
-        reason = type(error).__name__
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path}: not a checkpoint that can be read ({reason})") from None
     if file_format != CHECKPOINT_FORMAT:
         raise ValueError(f"{path}: of the format {file_format}, not {CHECKPOINT_FORMAT}")
