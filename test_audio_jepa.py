@@ -103,7 +103,7 @@ def sounds(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def packed(sounds, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("packed")
+    folder = tmp_path_factory.mktemp("packed") / "p"
     data.pack(data.AudioFiles(sounds, 32000), folder)
     return folder
 
@@ -490,7 +490,7 @@ def test_what_libsndfile_cannot_decode_is_left_out_and_counted(tmp_path, capsys)
     for name in ("a.m4a", "b.M4A", "c.webm", "notes.pdf"):
         (tmp_path / name).write_bytes(b"x")
     assert len(data.AudioClips(tmp_path)) == 1
-    assert "{'.m4a': 2, '.webm': 1}" in capsys.readouterr().err
+    assert "3 files like .m4a are left out" in capsys.readouterr().err
 
 
 def test_links_are_followed_to_each_folder_once_and_hidden_files_are_not_audio(tmp_path):
@@ -584,7 +584,7 @@ def test_a_flac_of_unknown_length_is_read_to_its_end(tmp_path):
         file.seek(22)  # the number of samples: 0 is what a stream says
         file.write(bytes(4))
     clips = data.AudioClips(tmp_path, 8000, clip_seconds=5.0)
-    starts = [clips.read(epoch, 0)[0][0] for epoch in range(40)]
+    starts = [clips.read(epoch, 0)[0][0] for epoch in range(100)]
     assert min(starts) < -0.75
     assert 0.6 < max(starts) < 0.68  # 5 s before the end it is 0.675
     assert sum(len(window) for window in clips.source.windows(0, 40000)) == 40 * 8000
@@ -637,7 +637,7 @@ def test_a_long_recording_gives_another_excerpt_in_each_epoch(tmp_path):
     clips = data.AudioClips(tmp_path, 8000)
     starts = set()
     for epoch in range(20):
-        clips.set_epoch(epoch)
+        clips.epoch = epoch
         clip = clips[0]
         starts.add(clip[0].item())
         assert clip[-1] - clip[0] == pytest.approx(0.2, abs=1e-4)  # 10 of 90 s in one piece
@@ -702,7 +702,7 @@ def test_packing_keeps_the_log_mel_of_all_of_a_recording(tmp_path):
 DATA_REFUSES = """
 scan {tmp}/nowhere       nowhere: does not exist
 pack {packed} {tmp}/p    is packed
-pack {sounds} {packed}   holds a packed set
+pack {sounds} {packed}   File exists
 """
 
 
@@ -1026,11 +1026,10 @@ def test_every_choice_trains(tmp_path, packed, flags):
     assert log["skipped"][-1] == 0
 
 
-def test_a_recipe_sets_flags_and_the_command_line_has_the_last_word(capsys):
-    args = train.parse_args("--recipe small --steps 1 --lr 1e-4".split())
+def test_a_recipe_sets_flags_and_the_command_line_has_the_last_word():
+    args = train.parse_args("--recipe small --steps 20 --lr 1e-4".split())
     assert [args.model, args.target_norm, args.lr] == ["tiny", "clip", 1e-4]
-    assert args.warmup == 0
-    assert "--warmup 1000 is not below --steps 1" in capsys.readouterr().out
+    assert args.warmup == 2  # a warm-up of all steps is cut to a tenth of them
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
@@ -1073,28 +1072,26 @@ def test_a_gradient_that_one_process_makes_infinite_is_skipped_by_all(launch, tm
 TRAIN_REFUSES = """
 2  --data {wrong}/nowhere                   nowhere
 2  --data {wrong}/text                      text: no audio found
-2  --data {wrong}/list.txt                  list.txt: 1 of its 1 lines name no file
+2  --data {wrong}/list.txt                  list.txt: there is no file gone.wav
 2  --data {wrong}/audioset.csv              give a folder, a list
 2  --data {wrong}/x.bin                     x.bin
 2  --data {wrong}/bad                       ten recordings in a row
 1  --data {wrong}/mostly --steps 40         reads of recordings failed
 1  --lr 1e38 --steps 40                     no finite gradient in 20 steps
 2  --data {packed} --sample-rate 16000      packed at 32000 Hz, not at 16000
-2  --data {wrong}/part                      is not whole
+2  --data {wrong}/part                      ten recordings in a row
 2  --batch-size 10 --accum 4                --accum 4
 2  --steps many                             --steps
 2  --sample-rate 44100                      a multiple of 128
 2  --clip-seconds 4                         a multiple of 0.625
 2  --mask-ratio 0 0.5                       --mask-ratio
-2  --mask-ratio 0.5 0.98                    not all
 2  --mask-ratio 0.6 0.4                     --mask-ratio
-2  --ema 1.01                               between 0 and 1
 2  --model huge                             huge
 2  --nonsense                               --nonsense
 2  --out /proc/runs                         /proc/
 2  --init {wrong}/nowhere.pt                nowhere.pt
 2  --init {run}/last.pt --model small       --model small
-2  --init {run}/last.pt --positions rotary  positions sincos
+2  --init {run}/last.pt --positions rotary  --positions rotary
 2  --out {run} --lr 0.001                   --lr is 0.001, but 0.0003
 2  --out {run} --seed 1                     --seed is 1
 2  --out {run} --mask-ratio 0.3 0.6         --mask-ratio is
@@ -1106,7 +1103,6 @@ TRAIN_REFUSES = """
 2  --out {wrong}/text                       last.pt: not a checkpoint
 2  --out {wrong}/old                        of the format audio-jepa 1, not audio-jepa 2
 2  --out {wrong}/kept --data {sounds}       no optimizer: use --init {wrong}/kept/last.pt
-2  --out {wrong}/lost                       a run without its last.pt
 """
 
 
@@ -1123,7 +1119,6 @@ def wrong(whole_run, packed, tmp_path_factory):
         "half/last.pt": (whole_run / "last.pt").read_bytes()[: 2**20],
         "void/last.pt": b"",
         "text/last.pt": b"text",
-        "lost/step-0000008.pt": b"",
     }
     for name, content in contents.items():
         (folder / name).parent.mkdir(exist_ok=True)

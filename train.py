@@ -201,6 +201,10 @@ def main(argv=None):
         train(args, StopSignals())
     except OSError as error:  # a full disk, for instance
         fail(error, 1)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        fail(f"{error} (mostly for lack of memory: fewer --workers need less)", 1)
 
 
 def train(args, stop):
@@ -563,6 +567,8 @@ def resume(run, checkpoint, settings) -> Progress:
                 f"{flag} is {value}, but {before} in {last}: "
                 f"keep to it, or use --init {last} with another --out"
             )
+    if "optimizer" not in checkpoint:
+        raise ValueError(f"{last} has no optimizer: use --init {last} with another --out")
     for name, part in stateful_parts(run).items():
         part.load_state_dict(checkpoint[name])
     run.log_mel.mean = checkpoint["config"]["log_mel"]["mean"]
@@ -861,6 +867,9 @@ def parse_args(argv):
             f"--batch-size {args.batch_size}: a multiple of {unit} is needed, which is "
             f"--accum {args.accum} times the number of processes"
         )
+    low, high = args.mask_ratio
+    if not 0 < low <= high < 1:
+        parser.error(f"--mask-ratio {low} {high}: 0 < from <= to < 1 is needed")
     if args.clip_seconds % PATCH_SECONDS != 0:
         parser.error(f"--clip-seconds {args.clip_seconds}: a multiple of {PATCH_SECONDS} is needed")
     return args
