@@ -423,22 +423,38 @@ def attentive(rows, labels, fold):
     for parameter in parameters:
         parameter.requires_grad_()
 
-    def logits(numbers):
-        attended = []
-        for number in numbers.tolist():
-            attention = (clips[number] @ (query * scale)).softmax(0)  # [R, HEADS]
-            attended.append((attention.T @ clips[number]).flatten())
-        return torch.stack(attended) @ (weight * scale.repeat(HEADS, 1)) + bias
+    def logits(stacked):
+        attention = (stacked @ (query * scale)).softmax(1)  # [B, R, HEADS]
+        attended = attention.mT @ stacked  # [B, HEADS, J]
+        return attended.flatten(1) @ (weight * scale.repeat(HEADS, 1)) + bias
+
+    of_training = stack_by_length(clips, fold.train)
 
     def loss():
         weights = (weight * scale.repeat(HEADS, 1)).square().sum()
         queries = QUERY_PENALTY * (query * scale).square().sum()
-        cross_entropy = F.cross_entropy(logits(fold.train), labels[fold.train])
-        return cross_entropy + penalty / 2 * (weights + queries)
+        total = penalty / 2 * (weights + queries)
+        for numbers, stacked in of_training:
+            summed = F.cross_entropy(logits(stacked), labels[numbers], reduction="sum")
+            total = total + summed / len(fold.train)
+        return total
 
     minimise(loss, parameters, ATTENTIVE_ITERATIONS)
+    predictions = torch.empty_like(labels)
     with torch.no_grad():
-        return logits(fold.held_out).argmax(1)
+        for numbers, stacked in stack_by_length(clips, fold.held_out):
+            predictions[numbers] = logits(stacked).argmax(1)
+    return predictions[fold.held_out]
+
+
+def stack_by_length(rows, clips):
+    """Clips with equally many rows are one tensor: a list of (clips [B], their rows [B, R, J])."""
+    lengths = torch.tensor([len(rows[clip]) for clip in clips.tolist()])
+    groups = []
+    for length in lengths.unique():
+        group = clips[lengths == length]
+        groups.append((group, torch.stack([rows[clip] for clip in group.tolist()])))
+    return groups
 
 
 PROBES = {"knn": knn, "linear": linear, "attentive": attentive}
