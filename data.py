@@ -4,11 +4,11 @@
     clip_order                  which clips a process reads for each step
     Batches, in the workers:
         Clips.read              one clip: an excerpt, filled up with further recordings
-        AudioFiles.excerpt      open, decode, resample
+        AudioFiles.excerpt      random_start, open, decode, resample
     train_step, in train.py:
         draw_masks              random_mask and mask_lowest, in masking.py
-        LogMel                  frames; waveforms [B, samples] -> [B, 1, T, F], on the GPU
-        VisionTransformer       patchify, run_blocks, Block, Attention, MLP, in model.py
+        LogMel                  frames, cut; waveforms [B, samples] -> [B, 1, T, F], on the GPU
+        VisionTransformer       patchify, run_blocks, Block, Attention, rotate, MLP, in model.py
         JEPA                    gather_tokens, Predictor, normalise_targets, l2_loss, in model.py
 
 A recording is a file, or a member of a tar, of any length. A clip is what training sees: 10 s.
