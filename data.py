@@ -50,7 +50,7 @@ from tqdm import tqdm
 FRAMES_PER_SECOND = 25.6  # 256 frames in 10 s
 PATCH_SECONDS = 0.625  # a patch, 16 frames
 MEL_BINS = 128
-FLOOR = torch.finfo(torch.float32).eps  # Kaldi's least power: silence becomes log(FLOOR) = -15.9
+FLOOR = torch.finfo(torch.float32).eps  # Kaldi's floor: the log of silence is -15.9
 UNREADABLE = (OSError, ValueError, RuntimeError)  # what reading a bad recording may raise
 NOTHING = "nothing in it can be decoded"
 
@@ -62,9 +62,10 @@ class LogMel(nn.Module):
     Packed frames [B, T, F], which are log-mel already, are only normalised.
 
     There is a frame every `hop` = sample_rate * clip_seconds / time_bins samples (1250, or 39 ms).
-    Its window is 2.5 hops long. ValueError if the hop is not a whole number of samples. Another
-    front end is a subclass with other `frames`, as AuthorsLogMel in extract.py. To use it, replace
-    LogMel in `train` (train.py), AudioJEPAEncoder (extract.py) and `pack`.
+    Its window is 2.5 hops long. ValueError if the hop is not a whole number of samples.
+
+    Another front end is a subclass with other `frames`, like AuthorsLogMel in extract.py. To use
+    it, replace LogMel in `train` (train.py), AudioJEPAEncoder (extract.py) and `pack`.
     """
 
     def __init__(
@@ -160,7 +161,7 @@ def measure_mean_std(clips, log_mel, device, workers):
 class Source:
     """A set of recordings. What each kind of source adds:
 
-    entries     an array with a line of bytes for each recording: its name, and where to find it
+    entries     an array with a byte string for each recording: its name, and where to find it
     rate        samples, or packed frames, per second
     excerpt     (i, length, rng) -> up to `length` samples, or packed frames, from a random position
                 in recording i, or all of it if it is shorter; may raise UNREADABLE
@@ -255,7 +256,7 @@ class PackedFrames(Source):
 
 
 class SyntheticSounds(Source):
-    """Sound without a download: each excerpt adds up four pieces of a tape of fading tones."""
+    """Sound without a download: each excerpt is a random mix of decaying sine tones."""
 
     fingerprint = "synthetic clips"
 
@@ -291,7 +292,7 @@ class Clips(Dataset):
     clips[i] is clip i of epoch `clips.epoch`, a pure function of (seed, epoch, i).
     A longer recording gives a random excerpt. A shorter one is filled up with other recordings, end
     to end: if silence filled it, most targets would be the same silence, and predicting them would
-    teach nothing. Only a rest shorter than 625 ms, or than half a clip, stays silent.
+    teach nothing. A remainder shorter than 625 ms (or half a clip) is left silent.
     OSError: ten recordings in a row cannot be used.
     """
 

@@ -189,8 +189,8 @@ class Progress:
 class Interval:
     """What has happened since the last line of the log. A resumed run begins a new interval."""
 
-    first_step: int
-    first_second: float
+    start_step: int
+    start_seconds: float
     waited: float = 0.0  # seconds spent waiting for clips
     losses: list[float] = dataclasses.field(default_factory=list)  # of steps that were not skipped
 
@@ -252,7 +252,7 @@ def train(args, stop):
         elif initial is not None:
             start_from(run, initial)
     except ValueError as error:
-        disconnect()  # together, because gloo aborts where a connection is lost
+        disconnect()  # all leave together, because gloo aborts if a peer disappears
         fail(error)
     del checkpoint, initial  # they are as large as the run itself
     if processes.is_first:
@@ -421,8 +421,8 @@ def log_line(run, progress, interval, result, loss, num_clips):
     """A line of the log. All processes call this together, because it compares their targets."""
     args = run.args
     step = progress.step - 1
-    steps = progress.step - interval.first_step
-    seconds = progress.seconds - interval.first_second
+    steps = progress.step - interval.start_step
+    seconds = progress.seconds - interval.start_seconds
     targets = torch.cat(result.targets)
     target_idx = torch.cat(result.target_idx)
     mean_loss = math.nan
@@ -826,10 +826,10 @@ def parse_args(argv):
     add = parser.add_argument
     add("--recipe", choices=list(RECIPES), default="paper", help="a set of other defaults")
     add("--data", help="folder, list, tar shards, packed folder; none: synthetic")
-    add("--out", default="runs/audio-jepa", help="for log and checkpoints; resumes")
+    add("--out", default="runs/audio-jepa", help="output folder; a run in it is resumed")
     add("--init", help="checkpoint of another run, to begin with its weights")
     add("--model", choices=list(PRESETS), default="base", help="size of the networks")
-    add("--positions", choices=["sincos", "rotary"], default="sincos", help="codes of the patches")
+    add("--positions", choices=["sincos", "rotary"], default="sincos", help="position encoding")
     add("--steps", type=int, default=100000, help="optimizer steps of the whole run")
     add("--batch-size", type=int, default=256, help="clips in a step, over all processes")
     add("--accum", type=int, default=1, help="micro-batches in a step, to save memory")
@@ -851,8 +851,13 @@ def parse_args(argv):
     add("--clip-seconds", type=float, default=10.0, help="a multiple of a patch, 0.625")
     add("--amp", choices=["auto", *PRECISIONS], default="auto", help="mixed precision; off: fp32")
     add("--compile", action="store_true", help="torch.compile the three networks")
-    add("--workers", type=int, default=default_workers(), help="that read clips, for each process")
-    add("--seed", type=int, default=0, help="of everything that is drawn")
+    add(
+        "--workers",
+        type=int,
+        default=default_workers(),
+        help="processes that read clips, for each GPU",
+    )
+    add("--seed", type=int, default=0, help="of weights, clips and masks")
     add("--save-every", type=int, default=10000, help="steps between kept checkpoints")
     add("--log-every", type=int, default=50, help="steps between the lines of the log")
     recipe = parser.parse_args(argv).recipe
