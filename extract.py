@@ -428,13 +428,13 @@ def attentive(rows, labels, fold):
         attended = attention.mT @ stacked  # [B, HEADS, J]
         return attended.flatten(1) @ (weight * scale.repeat(HEADS, 1)) + bias
 
-    of_training = stack_by_length(clips, fold.train)
+    groups = stack_by_length(clips, fold.train)
 
     def loss():
         weights = (weight * scale.repeat(HEADS, 1)).square().sum()
         queries = QUERY_PENALTY * (query * scale).square().sum()
         total = penalty / 2 * (weights + queries)
-        for numbers, stacked in of_training:
+        for numbers, stacked in groups:
             summed = F.cross_entropy(logits(stacked), labels[numbers], reduction="sum")
             total = total + summed / len(fold.train)
         return total

@@ -265,7 +265,7 @@ def train(args, stop):
     batches = iter(clip_loader(clips, order, args.workers))
     interval = Interval(progress.step, progress.seconds)
     saved = time.monotonic()
-    hide_bar = None if processes.is_first else True  # None: unless it is a terminal
+    hide_bar = not (processes.is_first and sys.stderr.isatty())
     for step in tqdm(steps, initial=progress.step, total=args.steps, disable=hide_bar):
         began = time.perf_counter()
         micro_batches = [next(batches) for _ in range(args.accum)]
