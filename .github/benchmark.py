@@ -59,12 +59,15 @@ def measure(run, clips):
     args = run.args
     device = run.device
     steps = iter(range(10**6))
-    order = clip_order(len(clips), args.seed, args.batch_size, range(10**6), run.shares)
-    batches = iter(clip_loader(clips, order, args.workers))
+
+    def batches_of(workers):
+        order = clip_order(len(clips), args.seed, args.batch_size, range(10**6), run.shares)
+        return iter(clip_loader(clips, order, workers))
 
     def read():
         return [next(batches).clips.to(device) for _ in range(args.accum)]
 
+    batches = batches_of(0)  # no workers yet, because they would slow down what is timed first
     waveforms = read()
     frames = [run.log_mel(part).squeeze(1) for part in waveforms]  # the step only normalises them
 
@@ -81,12 +84,11 @@ def measure(run, clips):
     seconds(step_alone, device)  # allocates for masks of many sizes
     args.mask_ratio = [0.5, 0.5]  # all steps are alike from here on
     workers = max(args.workers, 1)  # they deliver in turn, so whole rounds are timed
-    return {
-        "reading": seconds(read, device, 5 * workers),
-        "log-mel": seconds(log_mel, device),
-        "step alone": seconds(step_alone, device),
-        "all together": seconds(all_together, device, workers),
-    }
+    times = {"log-mel": seconds(log_mel, device), "step alone": seconds(step_alone, device)}
+    batches = batches_of(args.workers)
+    times["reading"] = seconds(read, device, workers)
+    times["all together"] = seconds(all_together, device, workers)
+    return times
 
 
 def main():
