@@ -650,9 +650,6 @@ def choose_device():
     """A GPU for each process of a machine, else MPS, else the CPU."""
     if torch.cuda.is_available():
         torch.cuda.set_device(launched_processes().local_rank)
-        # cuDNN plans its attention anew for each number of visible patches, and that changes with
-        # every step: 83 ms of a step of `base` that takes 75 ms without them.
-        torch.backends.cuda.enable_cudnn_sdp(False)
         return torch.device("cuda", torch.cuda.current_device())
     if torch.backends.mps.is_available():
         return torch.device("mps")
