@@ -169,8 +169,8 @@ def refusal(capsys, main, flags, code=2):
 
 # The smallest run there is: clips of 2 x 8 patches, 20 steps.
 TINY = (
-    "--model tiny --clip-seconds 1.25 --batch-size 8 --steps 20 --warmup 5 --amp off "
-    "--log-every 1 --workers 0"
+    "--model tiny --clip-seconds 1.25 --batch-size 8 --masks-per-clip 2 --steps 20 --warmup 5 "
+    "--amp off --log-every 1 --workers 0"
 ).split()
 TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
 
@@ -847,6 +847,24 @@ def test_a_run_learns_logs_and_leaves_a_checkpoint_of_plain_data(whole_run):
     for name in log.dtype.names:
         assert np.isfinite(log[name]).all()
     assert {"format", "config", "progress", "settings", "optimizer", "scaler"} <= set(checkpoint)
+
+
+def test_the_masks_of_a_clip_differ_and_share_its_targets(tmp_path, monkeypatch):
+    seen = []
+    forward = model.JEPA.forward
+
+    def remember(self, spectrogram, context_idx, target_idx, targets):
+        seen.append((spectrogram, target_idx, targets))
+        return forward(self, spectrogram, context_idx, target_idx, targets)
+
+    monkeypatch.setattr(model.JEPA, "forward", remember)
+    pretrain(tmp_path, "--masks-per-clip", 3, "--steps", 1)
+    spectrogram, target_idx, targets = [tensor.unflatten(0, (8, 3)) for tensor in seen[0]]
+    for of_clip in (spectrogram, targets):
+        assert torch.equal(of_clip[:, :1].expand_as(of_clip), of_clip)
+        assert not torch.equal(of_clip[0], of_clip[1])
+    assert (target_idx[:, 0] != target_idx[:, 1]).any()
+    assert (target_idx[:, 1] != target_idx[:, 2]).any()
 
 
 def interrupt(launch, number, step, out, *flags):

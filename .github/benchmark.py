@@ -22,7 +22,7 @@ from data import LogMel, clip_loader, clip_order
 from model import JEPA, count_millions
 
 
-def gflop_per_clip(config):
+def gflop_per_clip(config, masks_per_clip):
     """Matrix products of a training step for one clip, half of it masked.
 
     A backward pass costs twice its forward pass, and the target encoder has none.
@@ -39,7 +39,8 @@ def gflop_per_clip(config):
             jepa.context_encoder(spectrogram)
         with FlopCounterMode(display=False) as trained:
             jepa(spectrogram, idx, idx, targets)
-    return (target.get_total_flops() + 3 * trained.get_total_flops()) / 1e9
+    flop = target.get_total_flops() + 3 * masks_per_clip * trained.get_total_flops()
+    return flop / 1e9
 
 
 def seconds(work, device, repeat=1):
@@ -109,7 +110,7 @@ def main():
     product = 2 * size**3 / seconds(lambda: matrix @ matrix, device) / 1e12
     if processes.is_first:
         print(f"{args.model}, batch {args.batch_size}, {precision}, {processes.count} processes")
-        gflop = gflop_per_clip(config)
+        gflop = gflop_per_clip(config, args.masks_per_clip)
         print(f"{count_millions(run.model):.1f} M parameters, {gflop:.1f} GFLOP a clip and step")
         for name, time in times.items():
             print(f"{name:>14}  {args.batch_size / time:10.1f} clips/s")
