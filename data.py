@@ -7,7 +7,7 @@
         AudioFiles.excerpt      random_start, open, decode, resample
     train_step, in train.py:
         draw_masks              random_mask and mask_lowest, in masking.py
-        LogMel                  frames, cut; waveforms [B, samples] -> [B, 1, T, F], on the GPU
+        LogMel                  frames; waveforms [B, samples] -> [B, 1, T, F], on the GPU
         VisionTransformer       patchify, run_blocks, Block, Attention, rotate, MLP, in model.py
         JEPA                    gather_tokens, Predictor, normalise_targets, l2_loss, in model.py
 
@@ -108,7 +108,13 @@ class LogMel(nn.Module):
 
     def frames(self, waveform):
         """Raw log-mel: [B, samples], at least a window -> [B, round(samples / hop), F]."""
-        x = self.cut(waveform)  # [B, T, window]
+        # Frame t is centred on the middle of hop t. Both ends of the waveform are mirrored.
+        half = self.window_length // 2
+        before = waveform[:, :half].flip(1)
+        after = waveform[:, -half:].flip(1)
+        mirrored = torch.cat([before, waveform, after], dim=1)
+        first = self.hop // 2  # in `mirrored`, half a window before the middle of hop 0
+        x = mirrored[:, first:].unfold(1, self.window_length, self.hop)  # [B, T, window]
         x = x - x.mean(dim=2, keepdim=True)
         # Pre-emphasis. This drops the first sample, where the window is 0 anyway.
         x = x[..., 1:] - 0.97 * x[..., :-1]
@@ -116,17 +122,6 @@ class LogMel(nn.Module):
         power = spectrum.real.square() + spectrum.imag.square()  # [B, T, fft / 2 + 1]
         mel = power[..., :-1] @ self.filters.float()  # [B, T, F]; Kaldi leaves the last bin out
         return mel.clamp(min=FLOOR).log()
-
-    def cut(self, waveform):
-        """Frame t is centred on the middle of hop t; both ends of the waveform are mirrored."""
-        samples = waveform.shape[1]
-        count = (samples + self.hop // 2) // self.hop
-        left = self.window_length // 2 - self.hop // 2
-        right = (count - 1) * self.hop + self.window_length - left - samples
-        before = waveform[:, :left].flip(1)
-        after = waveform[:, samples - right :].flip(1)
-        padded = torch.cat([before, waveform, after], dim=1)
-        return padded.unfold(1, self.window_length, self.hop)
 
     def forward(self, clips: torch.Tensor) -> torch.Tensor:
         # In fp32, because powers overflow fp16 and bf16 cannot tell them apart.
