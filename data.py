@@ -41,9 +41,10 @@ from typing import NamedTuple
 import numpy as np
 import soundfile
 import torch
+import torch.nn.functional as F
 import torchaudio
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchaudio.compliance import kaldi
 from tqdm import tqdm
 
@@ -200,29 +201,27 @@ class AudioFiles(Source):
     def excerpt(self, i, length, rng):
         with self.open(i) as sound:
             rate = sound.samplerate
-            promised = sound.frames  # by the header
+            promised = sound.frames  # samples, by the header
             count = math.ceil(length * rate / self.rate)
-            start = random_start(promised, count, rng)
+            latest = max(promised - count, 0)
+            start = int(rng.uniform(0, latest + 1))
             waveform = decode(sound, start, count)
         if len(waveform) < count < promised:
             # The header promises more than there is, or the file is a stream of unknown length. So
             # decode all there is, and take the excerpt from that.
             with self.open(i) as sound:
-                everything = decode(sound, 0, promised)
-            start = random_start(len(everything), count, rng)
+                everything = torch.cat(list(pieces(sound)))
+            latest = max(len(everything) - count, 0)
+            start = int(rng.uniform(0, latest + 1))
             waveform = everything[start : start + count]
-        return resample(waveform, rate, self.rate)[:length]
+        return resampler(rate, self.rate)(waveform)[:length]
 
     def windows(self, i, length):
         """Recording i from start to end, in excerpts of `length` samples, the last one shorter."""
         with self.open(i) as sound:
             count = math.ceil(length * sound.samplerate / self.rate)
-            waveform = decode(sound, 0, count)
-            if len(waveform) == 0:
-                raise ValueError(NOTHING)
-            while len(waveform) > 0:
-                yield resample(waveform, sound.samplerate, self.rate)[:length]
-                waveform = decode(sound, 0, count)
+            for waveform in pieces(sound, count):
+                yield resampler(sound.samplerate, self.rate)(waveform)[:length]
 
 
 class PackedFrames(Source):
@@ -243,11 +242,13 @@ class PackedFrames(Source):
         self.folder = os.fsencode(folder)
 
     def excerpt(self, i, length, rng):
-        _, file, first, count = self.entries[i].split(b"\0")
-        start = int(first) + random_start(int(count), length, rng)
+        _, file, first, total = self.entries[i].split(b"\0")
+        count = min(length, int(total))
+        latest = int(total) - count
+        start = int(first) + int(rng.uniform(0, latest + 1))
         path = os.path.join(self.folder, file)
-        shape = (min(length, int(count)), MEL_BINS)
-        return np.memmap(path, np.float16, "r", start * MEL_BINS * 2, shape)
+        numbers = np.fromfile(path, np.float16, count * MEL_BINS, offset=start * MEL_BINS * 2)
+        return torch.from_numpy(numbers.reshape(count, MEL_BINS))
 
 
 class SyntheticSounds(Source):
@@ -261,20 +262,15 @@ class SyntheticSounds(Source):
         hertz = 80 * 2 ** np.random.default_rng(0).uniform(0, 6, size=(120, 1))
         t = np.arange(sample_rate) / sample_rate  # a second for each tone
         tones = np.sin(2 * np.pi * hertz * t) * np.exp(-4 * t)
-        self.tape = tones.astype(np.float32).flatten()
+        self.tape = torch.from_numpy(tones).float().flatten()
 
     def excerpt(self, i, length, rng):
-        mix = np.zeros(length, np.float32)
+        mix = torch.zeros(length)
         for _ in range(4):
             start = rng.randrange(len(self.tape) - length)
-            loud = np.float32(rng.uniform(0.03, 0.3))
+            loud = rng.uniform(0.03, 0.3)
             mix += loud * self.tape[start : start + length]
         return mix
-
-
-def random_start(total, length, rng):
-    """Where an excerpt of `length` begins: anywhere, if it fits into `total`, or else at 0."""
-    return int(rng.random() * (max(total - length, 0) + 1))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -304,7 +300,7 @@ class Clips(Dataset):
     def __getitem__(self, i) -> torch.Tensor:
         if i >= len(self):
             raise IndexError(i)
-        return torch.from_numpy(self.read(self.epoch, i)[0])
+        return self.read(self.epoch, i)[0]
 
     def read(self, epoch, i):
         """Clip i of an epoch -> (clip, how many recordings were opened for it, (name, reason) of
@@ -328,8 +324,8 @@ class Clips(Dataset):
             i = rng.randrange(len(self))
         reads = len(excerpts) + len(bad)
         shape = (missing, *excerpts[0].shape[1:])
-        excerpts.append(np.full_like(excerpts[0], self.source.silence, shape=shape))
-        return np.concatenate(excerpts), reads, bad
+        excerpts.append(excerpts[0].new_full(shape, self.source.silence))
+        return torch.cat(excerpts), reads, bad
 
 
 class AudioClips(Clips):
@@ -405,17 +401,13 @@ class Batches(Dataset):
     def __getitem__(self, micro_batch):
         done = [self.clips.read(epoch, i) for epoch, i in micro_batch]
         clips, reads, bad = zip(*done, strict=True)
-        batch = torch.from_numpy(np.stack(clips))
-        if get_worker_info():  # this is a worker
-            # The loader would do this too, but in a thread whose errors are lost: where shared
-            # memory is too small, the run would wait for ever.
-            try:
-                batch.share_memory_()
-            except RuntimeError as error:
-                raise OSError(
-                    "no shared memory for a batch: docker run --shm-size=8g gives more, "
-                    f"--workers 0 needs none ({error})"
-                ) from None
+        try:
+            batch = default_collate(clips)  # in a worker: into shared memory
+        except RuntimeError as error:
+            raise OSError(
+                "no shared memory for a batch: docker run --shm-size=8g gives more, "
+                f"--workers 0 needs none ({error})"
+            ) from None
         return Batch(batch, sum(reads), sum(bad, []))
 
 
@@ -572,34 +564,33 @@ def decode(sound, skip, count):
             sound.seek(skip, os.SEEK_CUR)
             skip = 0
         except RuntimeError:  # the file is cut, or its format cannot seek
-            return np.empty(0, np.float32)
-    missing = skip + count
-    parts = [torch.empty(0)]
-    while missing > 0:
-        part = torch.full((min(missing, 60 * sound.samplerate), sound.channels), torch.nan)
-        try:
-            decoded = len(sound.read(out=part.numpy()))
-        except RuntimeError:  # what was decoded before the damage is in `part`
-            decoded = int(part[:, 0].isfinite().sum())
-        parts.append(part[:decoded].mean(dim=1))
-        missing -= decoded
-        if decoded < len(part):
-            break
-    waveform = torch.cat(parts)[skip:].numpy()
-    if not np.isfinite(waveform).all():
+            return torch.empty(0)
+    samples = torch.full((skip + count, sound.channels), torch.nan)
+    try:
+        decoded = len(sound.read(out=samples.numpy()))
+    except RuntimeError:  # what was decoded before the damage is in `samples`
+        decoded = int(samples[:, 0].isfinite().sum())
+    waveform = samples[skip:decoded].mean(dim=1)
+    if not waveform.isfinite().all():
         raise ValueError("holds NaN or Inf")
     return waveform
 
 
-def resample(waveform, rate, new_rate):
-    """[samples] at one rate -> [samples] at another."""
-    return resampler(rate, new_rate)(torch.from_numpy(waveform)).numpy()
+def pieces(sound, count=2**21):
+    """Decode all of `sound`, in pieces of `count` samples, the last one shorter."""
+    piece = decode(sound, 0, count)
+    if len(piece) == 0:
+        raise ValueError(NOTHING)
+    while len(piece) > 0:
+        yield piece
+        piece = decode(sound, 0, count)
 
 
 @functools.lru_cache(maxsize=64)
 def resampler(rate, new_rate):
-    """torchaudio's resampler, which builds its kernel once. The kernel of rates without a small
-    common divisor (44 099 Hz) would take gigabytes, so the ratio is rounded, within 0.1 %."""
+    """torchaudio's resampler, [samples] at one rate -> [samples] at another. It builds its kernel
+    once. That of rates without a small common divisor (44 099 Hz) would take gigabytes, so the
+    ratio is rounded, within 0.1 %."""
     ratio = Fraction(new_rate, rate).limit_denominator(1000)
     return torchaudio.transforms.Resample(ratio.denominator, ratio.numerator)
 
@@ -666,9 +657,7 @@ def usable_cores():
 def measure_recording(files, i):
     """Decode a recording to its end -> what it adds to the counts of `scan`."""
     with files.open(i) as sound:
-        waveform = decode(sound, 0, sound.frames)
-    if len(waveform) == 0:
-        raise ValueError(NOTHING)
+        waveform = torch.cat(list(pieces(sound)))
     seconds = len(waveform) / sound.samplerate
     return {
         "hours": seconds / 3600,
@@ -697,10 +686,9 @@ def all_frames(log_mel, files, i):
     samples = 10 * files.rate
     frames = []
     for waveform in files.windows(i, samples):
-        clip = torch.zeros(1, samples)
-        clip[0, : len(waveform)] = torch.from_numpy(waveform)
+        clip = F.pad(waveform, (0, samples - len(waveform)))
         with_sound = max(1, round(len(waveform) / log_mel.hop))
-        frames.append(log_mel.frames(clip)[0, :with_sound].half())
+        frames.append(log_mel.frames(clip.unsqueeze(0))[0, :with_sound].half())
     return torch.cat(frames).numpy()
 
 

@@ -185,12 +185,12 @@ class Excerpts(IterableDataset):
                 for waveform in self.files.windows(i, self.excerpt_samples):
                     if previous is not None:
                         yield i, previous, self.excerpt_samples, False, ""
-                    previous = np.pad(waveform, (0, self.excerpt_samples - len(waveform)))
+                    previous = F.pad(waveform, (0, self.excerpt_samples - len(waveform)))
                     sound = len(waveform)
                 yield i, previous, sound, True, ""
             except UNREADABLE as error:
                 reason = str(error) or type(error).__name__
-                yield i, np.zeros(self.excerpt_samples, np.float32), 0, True, reason
+                yield i, torch.zeros(self.excerpt_samples), 0, True, reason
 
 
 def embed(encoder, files, args):
