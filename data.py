@@ -4,7 +4,7 @@
     clip_order                  which clips a process reads for each step
     Batches, in the workers:
         Clips.read              one clip: an excerpt, filled up with further recordings
-        AudioFiles.excerpt      random_start, open, decode, resample
+        AudioFiles.excerpt      open, decode, resampler
     train_step, in train.py:
         draw_masks              random_mask and mask_lowest, in masking.py
         LogMel                  frames; waveforms [B, samples] -> [B, 1, T, F], on the GPU
@@ -43,7 +43,7 @@ import torch
 import torch.nn.functional as F
 import torchaudio
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchaudio.compliance import kaldi
 from tqdm import tqdm
 
@@ -158,8 +158,8 @@ class Source:
 
     entries     an array with a byte string for each recording: its name, and where to find it
     rate        samples, or packed frames, per second
-    excerpt     (i, length, rng) -> up to `length` samples, or packed frames, from a random position
-                in recording i, or all of it if it is shorter; may raise UNREADABLE
+    excerpt     (i, length, rng) -> a tensor of `length` samples, or packed frames, from a random
+                position in recording i, or all of it if it is shorter; may raise UNREADABLE
     """
 
     silence = 0.0  # fills what stays empty
@@ -216,7 +216,7 @@ class AudioFiles(Source):
         return resampler(rate, self.rate)(waveform)[:length]
 
     def windows(self, i, length):
-        """Recording i from start to end, in excerpts of `length` samples, the last one shorter."""
+        """Recording i from start to end, in pieces of `length` samples, the last one shorter."""
         with self.open(i) as sound:
             count = math.ceil(length * sound.samplerate / self.rate)
             for waveform in pieces(sound, count):
@@ -297,8 +297,6 @@ class Clips(Dataset):
         return len(self.source)
 
     def __getitem__(self, i) -> torch.Tensor:
-        if i >= len(self):
-            raise IndexError(i)
         return self.read(self.epoch, i)[0]
 
     def read(self, epoch, i):
@@ -309,6 +307,7 @@ class Clips(Dataset):
         bad = []
         missing = self.length
         while missing >= self.shortest_fill:
+            name = self.source.name(i)  # IndexError past the end, so that `for clip in clips` ends
             try:
                 excerpt = self.source.excerpt(i, missing, rng)
                 if len(excerpt) == 0:
@@ -316,7 +315,7 @@ class Clips(Dataset):
                 excerpts.append(excerpt)
                 missing -= len(excerpt)
             except UNREADABLE as error:
-                bad.append((self.source.name(i), str(error)))
+                bad.append((name, str(error)))
             if len(bad) == 10 and not excerpts:
                 last = printable(": ".join(bad[-1]))
                 raise OSError(f"ten recordings in a row cannot be used, at last {last}")
@@ -341,11 +340,10 @@ class AudioClips(Clips):
         clip_seconds: float = 10.0,
         seed: int = 0,
     ):
+        kind = AudioFiles
         if os.path.isfile(os.path.join(path, "pack.json")):
-            source = PackedFrames(path, sample_rate)
-        else:
-            source = AudioFiles(path, sample_rate)
-        super().__init__(source, clip_seconds, seed)
+            kind = PackedFrames
+        super().__init__(kind(path, sample_rate), clip_seconds, seed)
 
 
 class SyntheticClips(Clips):
@@ -400,13 +398,17 @@ class Batches(Dataset):
     def __getitem__(self, micro_batch):
         done = [self.clips.read(epoch, i) for epoch, i in micro_batch]
         clips, reads, bad = zip(*done, strict=True)
-        try:
-            batch = default_collate(clips)  # in a worker: into shared memory
-        except RuntimeError as error:
-            raise OSError(
-                "no shared memory for a batch: docker run --shm-size=8g gives more, "
-                f"--workers 0 needs none ({error})"
-            ) from None
+        batch = torch.stack(clips)
+        if get_worker_info():  # this is a worker
+            # The loader would do this too, but in a thread whose errors are lost: where shared
+            # memory is too small, the run would wait for ever.
+            try:
+                batch.share_memory_()
+            except RuntimeError as error:
+                raise OSError(
+                    "no shared memory for a batch: docker run --shm-size=8g gives more, "
+                    f"--workers 0 needs none ({error})"
+                ) from None
         return Batch(batch, sum(reads), sum(bad, []))
 
 
@@ -495,7 +497,7 @@ def walk(root):
 
 def read_list(path):
     """The paths in a list, relative to its folder. ValueError: a path names no file."""
-    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
         lines = file.read().splitlines()
     is_txt = path.lower().endswith(b".txt")
     if not is_txt:
@@ -521,8 +523,8 @@ def tar_members(root, shard):
             for member in tar:
                 name = os.fsencode(os.path.normpath(member.name))  # not ./name
                 if member.isfile() and name.lower().endswith(AUDIO):
-                    place = b"%s\0%d\0%d" % (shard, member.offset_data, member.size)
-                    yield shard + b"/" + name + b"\0" + place
+                    place = (shard, member.offset_data, member.size)
+                    yield b"%s/%s\0%s\0%d\0%d" % (shard, name, *place)
     except tarfile.TarError as error:
         warn(f"{printable(shard)} cannot be read to its end: {error}")
 
@@ -567,7 +569,8 @@ def decode(sound, skip, count):
 
 
 def pieces(sound, count=2**21):
-    """Decode all of `sound`, in pieces of `count` samples, the last one shorter."""
+    """Decode all of `sound`, in pieces of `count` samples, the last one shorter. ValueError if
+    there is nothing."""
     piece = decode(sound, 0, count)
     if len(piece) == 0:
         raise ValueError(NOTHING)
@@ -596,16 +599,14 @@ def whole_file(path):
             file.flush()
             os.fsync(file.fileno())  # or a power cut could leave the new name on an empty file
         os.replace(temporary, path)
-    except BaseException as error:
+    except (OSError, RuntimeError) as error:
+        cause = error
+        if isinstance(error.__context__, OSError):
+            cause = error.__context__  # torch.save hides the disk's error behind its own
+        raise OSError(f"cannot write {path}: {cause}; what was there before is kept") from error
+    finally:
         if os.path.exists(temporary):
             os.remove(temporary)
-        cause = error
-        if isinstance(error, RuntimeError):
-            cause = error.__context__  # torch.save hides the disk's error behind its own
-        if isinstance(cause, OSError):
-            cause = OSError(f"cannot write {path}: {cause}; what was there before is kept")
-            raise cause from error
-        raise
 
 
 # ------------------------------------------------------------------------------------------------
@@ -621,20 +622,19 @@ def each_recording(files, work):
         num_workers=usable_cores(),
         collate_fn=functools.partial(attempt, files, work),  # DataLoader calls it in the workers
     )
-    for name, result, reason in tqdm(loader, disable=None):
-        if reason is None:
-            yield name, result
+    for i, (result, reason) in enumerate(tqdm(loader, disable=None)):
+        if result is None:
+            tqdm.write(printable(f"{files.name(i)}: {reason}"))
         else:
-            tqdm.write(printable(f"{name}: {reason}"))
+            yield files.name(i), result
 
 
 def attempt(files, work, i):
-    """-> (name, work(files, i), why it failed)"""
-    name = files.name(i)
+    """-> (work(files, i), None), or (None, why it failed)"""
     try:
-        return name, work(files, i), None
+        return work(files, i), None
     except UNREADABLE as error:
-        return name, None, str(error)
+        return None, str(error)
 
 
 def usable_cores():
@@ -696,10 +696,9 @@ def pack(files, out):
             total += len(frames)
     if not entries:
         raise ValueError(f"{out}: none of the recordings can be packed")
-    with whole_file(os.path.join(out, "pack.json")) as file:
-        file.write(json.dumps({"sample_rate": files.rate}).encode())
-    with whole_file(os.path.join(out, "index.npy")) as file:
-        np.save(file, np.array(entries))
+    np.save(os.path.join(out, "index.npy"), np.array(entries))
+    with open(os.path.join(out, "pack.json"), "w") as file:  # which makes it a packed folder
+        json.dump({"sample_rate": files.rate}, file)
     print(f"{len(entries)} of {len(files)} recordings packed in {out}")
 
 
@@ -717,8 +716,7 @@ def main():
         else:
             pack(files, args.out)
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":
