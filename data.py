@@ -4,10 +4,10 @@
     clip_order                  which clips a process reads for each step
     Batches, in the workers:
         Clips.read              one clip: an excerpt, filled up with further recordings
-        AudioFiles.excerpt      random_start, open, decode, resample
+        AudioFiles.excerpt      open, decode, resampler
     train_step, in train.py:
         draw_masks              random_mask and mask_lowest, in masking.py
-        LogMel                  frames, cut; waveforms [B, samples] -> [B, 1, T, F], on the GPU
+        LogMel                  frames; waveforms [B, samples] -> [B, 1, T, F], on the GPU
         VisionTransformer       patchify, run_blocks, Block, Attention, rotate, MLP, in model.py
         JEPA                    gather_tokens, Predictor, normalise_targets, l2_loss, in model.py
 
@@ -32,7 +32,6 @@ import random
 import signal
 import sys
 import tarfile
-import threading
 import zlib
 from collections import Counter
 from fractions import Fraction
@@ -41,6 +40,7 @@ from typing import NamedTuple
 import numpy as np
 import soundfile
 import torch
+import torch.nn.functional as F
 import torchaudio
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -108,7 +108,13 @@ class LogMel(nn.Module):
 
     def frames(self, waveform):
         """Raw log-mel: [B, samples], at least a window -> [B, round(samples / hop), F]."""
-        x = self.cut(waveform)  # [B, T, window]
+        # Frame t is centred on the middle of hop t. Both ends of the waveform are mirrored.
+        half = self.window_length // 2
+        before = waveform[:, :half].flip(1)
+        after = waveform[:, -half:].flip(1)
+        mirrored = torch.cat([before, waveform, after], dim=1)
+        first = self.hop // 2  # in `mirrored`, half a window before the middle of hop 0
+        x = mirrored[:, first:].unfold(1, self.window_length, self.hop)  # [B, T, window]
         x = x - x.mean(dim=2, keepdim=True)
         # Pre-emphasis. This drops the first sample, where the window is 0 anyway.
         x = x[..., 1:] - 0.97 * x[..., :-1]
@@ -116,17 +122,6 @@ class LogMel(nn.Module):
         power = spectrum.real.square() + spectrum.imag.square()  # [B, T, fft / 2 + 1]
         mel = power[..., :-1] @ self.filters.float()  # [B, T, F]; Kaldi leaves the last bin out
         return mel.clamp(min=FLOOR).log()
-
-    def cut(self, waveform):
-        """Frame t is centred on the middle of hop t; both ends of the waveform are mirrored."""
-        samples = waveform.shape[1]
-        count = (samples + self.hop // 2) // self.hop
-        left = self.window_length // 2 - self.hop // 2
-        right = (count - 1) * self.hop + self.window_length - left - samples
-        before = waveform[:, :left].flip(1)
-        after = waveform[:, samples - right :].flip(1)
-        padded = torch.cat([before, waveform, after], dim=1)
-        return padded.unfold(1, self.window_length, self.hop)
 
     def forward(self, clips: torch.Tensor) -> torch.Tensor:
         # In fp32, because powers overflow fp16 and bf16 cannot tell them apart.
@@ -163,8 +158,8 @@ class Source:
 
     entries     an array with a byte string for each recording: its name, and where to find it
     rate        samples, or packed frames, per second
-    excerpt     (i, length, rng) -> up to `length` samples, or packed frames, from a random position
-                in recording i, or all of it if it is shorter; may raise UNREADABLE
+    excerpt     (i, length, rng) -> a tensor of `length` samples, or packed frames, from a random
+                position in recording i, or all of it if it is shorter; may raise UNREADABLE
     """
 
     silence = 0.0  # fills what stays empty
@@ -205,29 +200,27 @@ class AudioFiles(Source):
     def excerpt(self, i, length, rng):
         with self.open(i) as sound:
             rate = sound.samplerate
-            promised = sound.frames  # by the header
+            promised = sound.frames  # samples, by the header
             count = math.ceil(length * rate / self.rate)
-            start = random_start(promised, count, rng)
+            latest = max(promised - count, 0)
+            start = int(rng.uniform(0, latest + 1))
             waveform = decode(sound, start, count)
         if len(waveform) < count < promised:
             # The header promises more than there is, or the file is a stream of unknown length. So
             # decode all there is, and take the excerpt from that.
             with self.open(i) as sound:
-                everything = decode(sound, 0, promised)
-            start = random_start(len(everything), count, rng)
+                everything = torch.cat(list(pieces(sound)))
+            latest = max(len(everything) - count, 0)
+            start = int(rng.uniform(0, latest + 1))
             waveform = everything[start : start + count]
-        return resample(waveform, rate, self.rate)[:length]
+        return resampler(rate, self.rate)(waveform)[:length]
 
     def windows(self, i, length):
-        """Recording i from start to end, in excerpts of `length` samples, the last one shorter."""
+        """Recording i from start to end, in pieces of `length` samples, the last one shorter."""
         with self.open(i) as sound:
             count = math.ceil(length * sound.samplerate / self.rate)
-            waveform = decode(sound, 0, count)
-            if len(waveform) == 0:
-                raise ValueError(NOTHING)
-            while len(waveform) > 0:
-                yield resample(waveform, sound.samplerate, self.rate)[:length]
-                waveform = decode(sound, 0, count)
+            for waveform in pieces(sound, count):
+                yield resampler(sound.samplerate, self.rate)(waveform)[:length]
 
 
 class PackedFrames(Source):
@@ -248,11 +241,13 @@ class PackedFrames(Source):
         self.folder = os.fsencode(folder)
 
     def excerpt(self, i, length, rng):
-        _, file, first, count = self.entries[i].split(b"\0")
-        start = int(first) + random_start(int(count), length, rng)
+        _, file, first, total = self.entries[i].split(b"\0")
+        count = min(length, int(total))
+        latest = int(total) - count
+        start = int(first) + int(rng.uniform(0, latest + 1))
         path = os.path.join(self.folder, file)
-        shape = (min(length, int(count)), MEL_BINS)
-        return np.memmap(path, np.float16, "r", start * MEL_BINS * 2, shape)
+        numbers = np.fromfile(path, np.float16, count * MEL_BINS, offset=start * MEL_BINS * 2)
+        return torch.from_numpy(numbers.reshape(count, MEL_BINS))
 
 
 class SyntheticSounds(Source):
@@ -266,20 +261,15 @@ class SyntheticSounds(Source):
         hertz = 80 * 2 ** np.random.default_rng(0).uniform(0, 6, size=(120, 1))
         t = np.arange(sample_rate) / sample_rate  # a second for each tone
         tones = np.sin(2 * np.pi * hertz * t) * np.exp(-4 * t)
-        self.tape = tones.astype(np.float32).flatten()
+        self.tape = torch.from_numpy(tones).float().flatten()
 
     def excerpt(self, i, length, rng):
-        mix = np.zeros(length, np.float32)
+        mix = torch.zeros(length)
         for _ in range(4):
             start = rng.randrange(len(self.tape) - length)
-            loud = np.float32(rng.uniform(0.03, 0.3))
+            loud = rng.uniform(0.03, 0.3)
             mix += loud * self.tape[start : start + length]
         return mix
-
-
-def random_start(total, length, rng):
-    """Where an excerpt of `length` begins: anywhere, if it fits into `total`, or else at 0."""
-    return int(rng.random() * (max(total - length, 0) + 1))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -307,9 +297,7 @@ class Clips(Dataset):
         return len(self.source)
 
     def __getitem__(self, i) -> torch.Tensor:
-        if i >= len(self):
-            raise IndexError(i)
-        return torch.from_numpy(self.read(self.epoch, i)[0])
+        return self.read(self.epoch, i)[0]
 
     def read(self, epoch, i):
         """Clip i of an epoch -> (clip, how many recordings were opened for it, (name, reason) of
@@ -319,6 +307,7 @@ class Clips(Dataset):
         bad = []
         missing = self.length
         while missing >= self.shortest_fill:
+            name = self.source.name(i)  # IndexError past the end, so that `for clip in clips` ends
             try:
                 excerpt = self.source.excerpt(i, missing, rng)
                 if len(excerpt) == 0:
@@ -326,15 +315,15 @@ class Clips(Dataset):
                 excerpts.append(excerpt)
                 missing -= len(excerpt)
             except UNREADABLE as error:
-                bad.append((self.source.name(i), str(error)))
+                bad.append((name, str(error)))
             if len(bad) == 10 and not excerpts:
                 last = printable(": ".join(bad[-1]))
                 raise OSError(f"ten recordings in a row cannot be used, at last {last}")
             i = rng.randrange(len(self))
         reads = len(excerpts) + len(bad)
         shape = (missing, *excerpts[0].shape[1:])
-        excerpts.append(np.full_like(excerpts[0], self.source.silence, shape=shape))
-        return np.concatenate(excerpts), reads, bad
+        excerpts.append(excerpts[0].new_full(shape, self.source.silence))
+        return torch.cat(excerpts), reads, bad
 
 
 class AudioClips(Clips):
@@ -351,11 +340,10 @@ class AudioClips(Clips):
         clip_seconds: float = 10.0,
         seed: int = 0,
     ):
+        kind = AudioFiles
         if os.path.isfile(os.path.join(path, "pack.json")):
-            source = PackedFrames(path, sample_rate)
-        else:
-            source = AudioFiles(path, sample_rate)
-        super().__init__(source, clip_seconds, seed)
+            kind = PackedFrames
+        super().__init__(kind(path, sample_rate), clip_seconds, seed)
 
 
 class SyntheticClips(Clips):
@@ -410,7 +398,7 @@ class Batches(Dataset):
     def __getitem__(self, micro_batch):
         done = [self.clips.read(epoch, i) for epoch, i in micro_batch]
         clips, reads, bad = zip(*done, strict=True)
-        batch = torch.from_numpy(np.stack(clips))
+        batch = torch.stack(clips)
         if get_worker_info():  # this is a worker
             # The loader would do this too, but in a thread whose errors are lost: where shared
             # memory is too small, the run would wait for ever.
@@ -438,18 +426,9 @@ def clip_loader(clips, order, workers):
 
 def ignore_signals(_):
     """Ctrl-C and Slurm signal all processes of a run. Workers must ignore these signals, because
-    the main process needs them to finish its step. They obey a SIGTERM of the main process."""
+    the main process needs them to finish its step. They end when it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=obey_the_main_process, daemon=True).start()
-
-
-def obey_the_main_process():
-    sender = None
-    while sender != os.getppid():
-        sender = signal.sigwaitinfo([signal.SIGTERM]).si_pid
-    os._exit(0)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -518,7 +497,7 @@ def walk(root):
 
 def read_list(path):
     """The paths in a list, relative to its folder. ValueError: a path names no file."""
-    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
         lines = file.read().splitlines()
     is_txt = path.lower().endswith(b".txt")
     if not is_txt:
@@ -544,8 +523,8 @@ def tar_members(root, shard):
             for member in tar:
                 name = os.fsencode(os.path.normpath(member.name))  # not ./name
                 if member.isfile() and name.lower().endswith(AUDIO):
-                    place = b"%s\0%d\0%d" % (shard, member.offset_data, member.size)
-                    yield shard + b"/" + name + b"\0" + place
+                    place = (shard, member.offset_data, member.size)
+                    yield b"%s/%s\0%s\0%d\0%d" % (shard, name, *place)
     except tarfile.TarError as error:
         warn(f"{printable(shard)} cannot be read to its end: {error}")
 
@@ -577,34 +556,34 @@ def decode(sound, skip, count):
             sound.seek(skip, os.SEEK_CUR)
             skip = 0
         except RuntimeError:  # the file is cut, or its format cannot seek
-            return np.empty(0, np.float32)
-    missing = skip + count
-    parts = [torch.empty(0)]
-    while missing > 0:
-        part = torch.full((min(missing, 60 * sound.samplerate), sound.channels), torch.nan)
-        try:
-            decoded = len(sound.read(out=part.numpy()))
-        except RuntimeError:  # what was decoded before the damage is in `part`
-            decoded = int(part[:, 0].isfinite().sum())
-        parts.append(part[:decoded].mean(dim=1))
-        missing -= decoded
-        if decoded < len(part):
-            break
-    waveform = torch.cat(parts)[skip:].numpy()
-    if not np.isfinite(waveform).all():
+            return torch.empty(0)
+    samples = torch.full((skip + count, sound.channels), torch.nan)
+    try:
+        decoded = len(sound.read(out=samples.numpy()))
+    except RuntimeError:  # what was decoded before the damage is in `samples`
+        decoded = int(samples[:, 0].isfinite().sum())
+    waveform = samples[skip:decoded].mean(dim=1)
+    if not waveform.isfinite().all():
         raise ValueError("holds NaN or Inf")
     return waveform
 
 
-def resample(waveform, rate, new_rate):
-    """[samples] at one rate -> [samples] at another."""
-    return resampler(rate, new_rate)(torch.from_numpy(waveform)).numpy()
+def pieces(sound, count=2**21):
+    """Decode all of `sound`, in pieces of `count` samples, the last one shorter. ValueError if
+    there is nothing."""
+    piece = decode(sound, 0, count)
+    if len(piece) == 0:
+        raise ValueError(NOTHING)
+    while len(piece) > 0:
+        yield piece
+        piece = decode(sound, 0, count)
 
 
 @functools.lru_cache(maxsize=64)
 def resampler(rate, new_rate):
-    """torchaudio's resampler, which builds its kernel once. The kernel of rates without a small
-    common divisor (44 099 Hz) would take gigabytes, so the ratio is rounded, within 0.1 %."""
+    """torchaudio's resampler, [samples] at one rate -> [samples] at another. It builds its kernel
+    once. That of rates without a small common divisor (44 099 Hz) would take gigabytes, so the
+    ratio is rounded, within 0.1 %."""
     ratio = Fraction(new_rate, rate).limit_denominator(1000)
     return torchaudio.transforms.Resample(ratio.denominator, ratio.numerator)
 
@@ -620,16 +599,14 @@ def whole_file(path):
             file.flush()
             os.fsync(file.fileno())  # or a power cut could leave the new name on an empty file
         os.replace(temporary, path)
-    except BaseException as error:
+    except (OSError, RuntimeError) as error:
+        cause = error
+        if isinstance(error.__context__, OSError):
+            cause = error.__context__  # torch.save hides the disk's error behind its own
+        raise OSError(f"cannot write {path}: {cause}; what was there before is kept") from error
+    finally:
         if os.path.exists(temporary):
             os.remove(temporary)
-        cause = error
-        if isinstance(error, RuntimeError):
-            cause = error.__context__  # torch.save hides the disk's error behind its own
-        if isinstance(cause, OSError):
-            cause = OSError(f"cannot write {path}: {cause}; what was there before is kept")
-            raise cause from error
-        raise
 
 
 # ------------------------------------------------------------------------------------------------
@@ -645,20 +622,19 @@ def each_recording(files, work):
         num_workers=usable_cores(),
         collate_fn=functools.partial(attempt, files, work),  # DataLoader calls it in the workers
     )
-    for name, result, reason in tqdm(loader, disable=None):
-        if reason is None:
-            yield name, result
+    for i, (result, reason) in enumerate(tqdm(loader, disable=None)):
+        if result is None:
+            tqdm.write(printable(f"{files.name(i)}: {reason}"))
         else:
-            tqdm.write(printable(f"{name}: {reason}"))
+            yield files.name(i), result
 
 
 def attempt(files, work, i):
-    """-> (name, work(files, i), why it failed)"""
-    name = files.name(i)
+    """-> (work(files, i), None), or (None, why it failed)"""
     try:
-        return name, work(files, i), None
+        return work(files, i), None
     except UNREADABLE as error:
-        return name, None, str(error)
+        return None, str(error)
 
 
 def usable_cores():
@@ -671,9 +647,7 @@ def usable_cores():
 def measure_recording(files, i):
     """Decode a recording to its end -> what it adds to the counts of `scan`."""
     with files.open(i) as sound:
-        waveform = decode(sound, 0, sound.frames)
-    if len(waveform) == 0:
-        raise ValueError(NOTHING)
+        waveform = torch.cat(list(pieces(sound)))
     seconds = len(waveform) / sound.samplerate
     return {
         "hours": seconds / 3600,
@@ -702,10 +676,9 @@ def all_frames(log_mel, files, i):
     samples = 10 * files.rate
     frames = []
     for waveform in files.windows(i, samples):
-        clip = torch.zeros(1, samples)
-        clip[0, : len(waveform)] = torch.from_numpy(waveform)
+        clip = F.pad(waveform, (0, samples - len(waveform)))
         with_sound = max(1, round(len(waveform) / log_mel.hop))
-        frames.append(log_mel.frames(clip)[0, :with_sound].half())
+        frames.append(log_mel.frames(clip.unsqueeze(0))[0, :with_sound].half())
     return torch.cat(frames).numpy()
 
 
@@ -723,10 +696,9 @@ def pack(files, out):
             total += len(frames)
     if not entries:
         raise ValueError(f"{out}: none of the recordings can be packed")
-    with whole_file(os.path.join(out, "pack.json")) as file:
-        file.write(json.dumps({"sample_rate": files.rate}).encode())
-    with whole_file(os.path.join(out, "index.npy")) as file:
-        np.save(file, np.array(entries))
+    np.save(os.path.join(out, "index.npy"), np.array(entries))
+    with open(os.path.join(out, "pack.json"), "w") as file:  # which makes it a packed folder
+        json.dump({"sample_rate": files.rate}, file)
     print(f"{len(entries)} of {len(files)} recordings packed in {out}")
 
 
@@ -744,8 +716,7 @@ def main():
         else:
             pack(files, args.out)
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":

@@ -185,12 +185,12 @@ class Excerpts(IterableDataset):
                 for waveform in self.files.windows(i, self.excerpt_samples):
                     if previous is not None:
                         yield i, previous, self.excerpt_samples, False, ""
-                    previous = np.pad(waveform, (0, self.excerpt_samples - len(waveform)))
+                    previous = F.pad(waveform, (0, self.excerpt_samples - len(waveform)))
                     sound = len(waveform)
                 yield i, previous, sound, True, ""
             except UNREADABLE as error:
                 reason = str(error) or type(error).__name__
-                yield i, np.zeros(self.excerpt_samples, np.float32), 0, True, reason
+                yield i, torch.zeros(self.excerpt_samples), 0, True, reason
 
 
 def embed(encoder, files, args):
@@ -701,13 +701,13 @@ class AuthorsLogMel(LogMel):
         self.window_length = 3108
         self.window = torch.hann_window(self.window_length, periodic=False)
 
-    def cut(self, waveform):
-        return waveform.unfold(1, self.window_length, self.hop)
-
     def frames(self, waveform):
         peak = waveform.abs().amax(dim=1, keepdim=True).clamp(min=1e-6)
-        frames = super().frames(waveform / peak)
-        return F.pad(frames, (0, 0, 0, 1))
+        # The first window of LogMel begins 933 samples before the waveform. With 310 zeros in
+        # front, the second one, a hop later, begins with it.
+        shifted = F.pad(waveform / peak, (310, 0))
+        inside = super().frames(shifted)[:, 1:256]
+        return F.pad(inside, (0, 0, 0, 1))
 
 
 # ------------------------------------------------------------------------------------------------

@@ -558,7 +558,7 @@ def test_every_format_is_read_and_its_channels_averaged(tmp_path, kind):
 
 @pytest.mark.parametrize("rate", [44100, 44099])  # the second has no divisor in common with 32000
 def test_resampling_keeps_pitch_and_length(rate):
-    waveform = data.resample(tone(2, rate), rate, 32000)
+    waveform = data.resampler(rate, 32000)(torch.from_numpy(tone(2, rate))).numpy()
     assert len(waveform) == pytest.approx(64000, abs=1)
     middle = slice(2000, 62000)
     assert np.abs(waveform[middle] - tone(2)[middle]).max() < 0.01
@@ -596,7 +596,7 @@ def test_the_windows_of_an_mp3_are_all_of_it(tmp_path, before):
     path.write_bytes(before + path.read_bytes())
     expected, _ = soundfile.read(path, dtype="float32")
     windows = list(data.AudioFiles(tmp_path, 8000).windows(0, 8000))
-    assert_close(np.concatenate(windows), expected)
+    assert_close(torch.cat(windows), torch.from_numpy(expected))
 
 
 # ================================================================================================
@@ -627,9 +627,9 @@ def test_any_data_loader_takes_clips_and_subsets_of_them(sounds):
 def test_excerpts_of_a_recording_reach_its_start_and_its_end(tmp_path):
     write_ramp(tmp_path / "x.wav", 5003)
     clips = data.AudioClips(tmp_path, 8000, clip_seconds=0.625)
-    starts = {clips.read(epoch, 0)[0][0] for epoch in range(50)}
+    starts = {clips.read(epoch, 0)[0][0].item() for epoch in range(50)}
     ramp, _ = soundfile.read(tmp_path / "x.wav", dtype="float32")
-    assert starts == set(ramp[:4])
+    assert starts == set(ramp[:4].tolist())
 
 
 def test_a_long_recording_gives_another_excerpt_in_each_epoch(tmp_path):
@@ -694,7 +694,7 @@ def test_packing_keeps_the_log_mel_of_all_of_a_recording(tmp_path):
     data.pack(files, tmp_path / "p")
     clips = data.AudioClips(tmp_path / "p", clip_seconds=25.0)
     assert clips[1].shape == (25 * 25.6, 128)
-    begin = torch.from_numpy(next(files.windows(1, 320000)))
+    begin = next(files.windows(1, 320000))
     expected = data.LogMel().frames(begin.unsqueeze(0))[0]
     assert (clips[1][:256] - expected).abs().max() < 0.01
 

@@ -123,7 +123,7 @@ def draw_tokens(checkpoint, out, *sounds):
     )
     for column, sound in enumerate(sounds):
         files = AudioClips(sound, encoder.sampling_rate).source
-        waveform = torch.from_numpy(next(files.windows(0, 10 * encoder.sampling_rate))).unsqueeze(0)
+        waveform = next(files.windows(0, 10 * encoder.sampling_rate)).unsqueeze(0)
         seconds = waveform.shape[1] / encoder.sampling_rate
         tokens = encoder(waveform)[0].unflatten(1, (config.grid[1], config.dim))  # [R, 8, D]
         tokens = tokens - tokens.mean(0)
