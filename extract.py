@@ -80,11 +80,12 @@ class AudioJEPAEncoder(nn.Module):
         self.step = stored["step"]
         self.bands = bands
         # As in training, so that the rows are alike on all machines. Slow where bf16 is emulated.
-        self.amp = stored.get("settings", {}).get("amp", "off")
+        self.amp = stored["settings"]["amp"]
         self.sampling_rate = self.log_mel.sample_rate
         self.excerpt_samples = round(self.sampling_rate * self.log_mel.clip_seconds)
         self.rows_per_excerpt, self.tokens_per_row = config.grid
-        self.hop_size_in_ms = 1000 * self.log_mel.clip_seconds / self.rows_per_excerpt
+        self.samples_per_row = self.excerpt_samples // self.rows_per_excerpt
+        self.hop_size_in_ms = 1000 * self.samples_per_row / self.sampling_rate
         self.output_dim = config.dim
         if bands == "concat":
             self.output_dim = config.dim * self.tokens_per_row
@@ -100,7 +101,10 @@ class AudioJEPAEncoder(nn.Module):
         B, samples = waveform.shape
         waveform = waveform.to(self.device, torch.float32)
         if lengths is None:
-            lengths = samples_of_sound(waveform)
+            # Count the zeros at the end. argmax gives the first maximum: 0 where all samples are
+            # zeros, which is digital silence and no padding.
+            zeros = (waveform != 0).int().flip(1).argmax(1)
+            lengths = samples - zeros
         lengths = lengths.to(self.device)
         padded = F.pad(waveform, (0, -samples % self.excerpt_samples))
         excerpts = padded.reshape(-1, self.excerpt_samples)
@@ -111,20 +115,18 @@ class AudioJEPAEncoder(nn.Module):
             part = slice(first, first + 32)
             parts.append(self.rows(excerpts[part], sound[part]))
         rows = torch.cat(parts).view(B, -1, self.output_dim)
-        return rows[:, : math.ceil(samples * self.rows_per_excerpt / self.excerpt_samples)]
+        return rows[:, : math.ceil(samples / self.samples_per_row)]
 
     def rows(self, excerpts: torch.Tensor, sound: torch.Tensor) -> torch.Tensor:
         """Excerpts [B, excerpt_samples], the first `sound` [B] samples of which are no padding
         -> their rows [B, R, output_dim]. Rows without sound are 0, and no other row attends to
         them."""
         spectrogram = self.log_mel(excerpts)
-        rounding_up = self.excerpt_samples - 1
-        counts = (sound * self.rows_per_excerpt + rounding_up) // self.excerpt_samples
+        counts = (sound / self.samples_per_row).ceil().int()
         rows = spectrogram.new_zeros(len(excerpts), self.rows_per_excerpt, self.output_dim)
-        for count in counts.unique().tolist():
-            same_count = (counts == count).nonzero().flatten()
-            if count > 0:
-                rows[same_count, :count] = self.encode(spectrogram[same_count], count)
+        for count in counts[counts > 0].unique().tolist():
+            same_count = counts == count
+            rows[same_count, :count] = self.encode(spectrogram[same_count], count)
         return rows
 
     def encode(self, spectrogram: torch.Tensor, count: int) -> torch.Tensor:
@@ -143,15 +145,6 @@ class AudioJEPAEncoder(nn.Module):
         if self.bands == "concat":
             return tokens.flatten(2)
         return tokens.mean(2)
-
-
-def samples_of_sound(waveform: torch.Tensor) -> torch.Tensor:
-    """[B, samples] -> [B]: how many samples there are before the zeros at the end. Where all are
-    zeros, it is digital silence and no padding."""
-    samples = waveform.shape[1]
-    positions = torch.arange(1, samples + 1, device=waveform.device)
-    last = torch.where(waveform != 0, positions, 0).amax(1)
-    return torch.where(last > 0, last, samples)
 
 
 def load_encoder(path: str | os.PathLike, bands: str = "concat") -> AudioJEPAEncoder:
@@ -634,17 +627,21 @@ def run_probes(args, encoders):
 
 def load_networks(path):
     """A checkpoint of train.py, or the authors' file in that form. ValueError if it is neither."""
-    if is_authors_file(path):
-        return load_authors_file(path)
-    return load_checkpoint(path)
-
-
-def is_authors_file(path):
-    """Lightning stores Python objects beside the weights. Ours are plain."""
     try:
-        return len(torch.serialization.get_unsafe_globals_in_checkpoint(path)) > 0
+        # Lightning stores Python objects beside the weights. Ours are plain.
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # a damaged file can raise anything; load_checkpoint says what is wrong
-        return False
+        foreign = []
+    if not foreign:
+        return load_checkpoint(path)
+    with torch.serialization.safe_globals([(Inert, name) for name in foreign]):
+        theirs = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return from_authors(theirs)
+    except (AttributeError, KeyError, TypeError):  # it holds other things
+        raise ValueError(
+            f"{path}: not a checkpoint that can be read, neither ours nor theirs"
+        ) from None
 
 
 class Inert:
@@ -657,16 +654,10 @@ class Inert:
         pass
 
 
-def load_authors_file(path):
+def from_authors(theirs):
     """The authors' Lightning checkpoint, in the form of ours; its log_mel is None."""
-    names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    with torch.serialization.safe_globals([(Inert, name) for name in names]):
-        theirs = torch.load(path, map_location="cpu", weights_only=True)
-    weights = theirs.get("state_dict") if isinstance(theirs, dict) else None
-    if not isinstance(weights, dict):
-        weights = {}
     target = {}
-    for name, tensor in weights.items():
+    for name, tensor in theirs["state_dict"].items():
         network, _, name = name.replace("_orig_mod.", "").partition(".")
         name = name.replace("patch_embed.proj", "patch_embed")
         name = name.replace("Wqkv", "qkv").replace("out_proj", "proj")
@@ -676,15 +667,14 @@ def load_authors_file(path):
             tensor = tensor.squeeze(0)
         if network == "target_encoder":
             target[name] = tensor
-    if "patch_embed.weight" not in target:
-        raise ValueError(f"{path}: not a checkpoint that can be read, neither ours nor theirs")
     dim = len(target["patch_embed.weight"])
     hidden = len(target["blocks.0.mlp.fc1.weight"])
     depth = len([name for name in target if name.endswith("attn.qkv.weight")])
     config = JEPAConfig(dim=dim, depth=depth, heads=dim // 64, mlp_ratio=hidden / dim)
     return {
         "config": {"model": vars(config), "log_mel": None},
-        "step": theirs.get("global_step", 0),
+        "settings": {"amp": "off"},
+        "step": theirs["global_step"],
         "target_encoder": target,
     }
 
@@ -712,14 +702,6 @@ class AuthorsLogMel(LogMel):
 
 # ------------------------------------------------------------------------------------------------
 # Flags
-
-
-def encoder_of(args, path):
-    """A frozen encoder, as the flags of the command line want it."""
-    encoder = load_encoder(path, args.bands).to(choose_device())
-    if args.amp != "auto":
-        encoder.amp = args.amp
-    return encoder
 
 
 def try_to_write(path):
@@ -787,7 +769,12 @@ def main(argv: list[str] | None = None) -> None:
         for path in (args.out, args.json):
             if path is not None:
                 try_to_write(path)
-        encoders = [encoder_of(args, path) for path in args.checkpoints]
+        encoders = []
+        for path in args.checkpoints:
+            encoder = load_encoder(path, args.bands).to(choose_device())
+            if args.amp != "auto":
+                encoder.amp = args.amp
+            encoders.append(encoder)
         if args.probe:
             run_probes(args, encoders)
         else:
