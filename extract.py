@@ -21,6 +21,7 @@ import os
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -182,43 +183,61 @@ class Excerpts(IterableDataset):
                     sound = len(waveform)
                 yield i, previous, sound, True, ""
             except UNREADABLE as error:
-                reason = str(error) or type(error).__name__
-                yield i, np.zeros(self.excerpt_samples, np.float32), 0, True, reason
+                silence = np.zeros(self.excerpt_samples, np.float32)
+                yield i, silence, 0, True, str(error)
 
 
-def embed(encoder, files, args):
-    """Yield each recording as soon as it is done: (its number, its samples, rows [R, K], their
-    weights [R]). A weight is 1, or the share of the last row that holds sound.
+class Embedded(NamedTuple):
+    """A recording that has been embedded."""
+
+    name: str
+    seconds: float
+    pooled: torch.Tensor  # [1, K], the mean of its rows; of a log-mel, mean and std
+    rows: torch.Tensor | None  # [R, K]
+
+
+def embed(encoder, files, args, keep_rows) -> list[Embedded]:
+    """All recordings, in the order of `files`. Their rows fill the memory, so they are kept only
+    for those who need them.
 
     ValueError names a recording that cannot be used; --skip-bad leaves it out.
     """
     loader = DataLoader(
         Excerpts(files, encoder.excerpt_samples), args.batch_size, num_workers=args.workers
     )
-    samples_per_row = encoder.excerpt_samples / encoder.rows_per_excerpt
     rows_so_far = defaultdict(list)
-    samples_so_far = defaultdict(int)
+    embedded = {}
     for recordings, excerpts, sound, is_last, errors in tqdm(loader, disable=None):
-        with torch.no_grad():
-            rows = encoder.rows(excerpts.to(encoder.device), sound.to(encoder.device)).cpu()
-        for place, i in enumerate(recordings.tolist()):
-            if errors[place]:
-                message = f"{printable(files.name(i))}: {errors[place]}"
+        rows = encoder.rows(excerpts.to(encoder.device), sound.to(encoder.device)).cpu()
+        for n, i in enumerate(recordings.tolist()):
+            name = files.name(i)
+            if errors[n]:
+                message = f"{printable(name)}: {errors[n]}"
                 if not args.skip_bad:
                     raise ValueError(f"{message} (--skip-bad leaves such recordings out)")
                 tqdm.write(f"left out: {message}", file=sys.stderr)
                 rows_so_far.pop(i, None)
-                samples_so_far.pop(i, None)
                 continue
-            count = math.ceil(sound[place].item() / samples_per_row)
-            rows_so_far[i].append(rows[place, :count])
-            samples_so_far[i] += sound[place].item()
-            if is_last[place]:
-                whole = torch.cat(rows_so_far.pop(i))
-                samples = samples_so_far.pop(i)
+            samples = sound[n].item()
+            count = math.ceil(samples / encoder.samples_per_row)
+            rows_so_far[i].append(rows[n, :count])
+            if is_last[n]:
+                parts = rows_so_far.pop(i)
+                whole = torch.cat(parts)
                 weights = torch.ones(len(whole))
-                weights[-1] = samples / samples_per_row - (len(whole) - 1)
-                yield i, samples, whole, weights
+                # The last row counts by the share of it that holds sound.
+                weights[-1] = samples / encoder.samples_per_row - (count - 1)
+                pooled = mean_over_time(whole, weights)
+                if isinstance(encoder, LogMelBaseline):
+                    variance = mean_over_time((whole - pooled).square(), weights)
+                    pooled = torch.cat([pooled, variance.sqrt()], dim=1)
+                if not keep_rows:
+                    whole = None
+                samples += (len(parts) - 1) * encoder.excerpt_samples
+                embedded[i] = Embedded(name, samples / encoder.sampling_rate, pooled, whole)
+    if not embedded:
+        raise ValueError(f"{printable(args.data)}: none of its recordings can be used")
+    return [embedded[i] for i in sorted(embedded)]
 
 
 def mean_over_time(rows, weights):
@@ -228,16 +247,10 @@ def mean_over_time(rows, weights):
 
 def save_embeddings(args, encoder):
     files = AudioFiles(args.data, encoder.sampling_rate)
-    blocks = {}
-    seconds = {}
-    for i, samples, rows, weights in embed(encoder, files, args):
-        if args.pool == "clip":
-            rows = mean_over_time(rows, weights)
-        blocks[i] = rows.numpy()
-        seconds[i] = samples / encoder.sampling_rate
-    if not blocks:
-        raise ValueError(f"{printable(args.data)}: none of its recordings can be used")
-    order = sorted(blocks)
+    recordings = embed(encoder, files, args, keep_rows=args.pool == "time")
+    blocks = [recording.pooled for recording in recordings]
+    if args.pool == "time":
+        blocks = [recording.rows for recording in recordings]
     config = {
         "model": vars(encoder.network.config),
         "log_mel": encoder.log_mel.config,
@@ -247,16 +260,18 @@ def save_embeddings(args, encoder):
     with whole_file(args.out) as file:
         np.savez(
             file,
-            embeddings=np.concatenate([blocks[i] for i in order]),
-            offsets=np.cumsum([0] + [len(blocks[i]) for i in order]),
-            paths=[files.name(i) for i in order],
-            seconds=[seconds[i] for i in order],
+            embeddings=torch.cat(blocks),
+            offsets=np.cumsum([0] + [len(block) for block in blocks]),
+            paths=[recording.name for recording in recordings],
+            seconds=[recording.seconds for recording in recordings],
             sample_rate=encoder.sampling_rate,
             hop_ms=encoder.hop_size_in_ms,
             step=encoder.step,
             config=json.dumps(config),
         )
-    print(f"{printable(args.out)}: {len(order)} of {len(files)} recordings, {args.pool} embeddings")
+    print(
+        f"{printable(args.out)}: {len(blocks)} of {len(files)} recordings, {args.pool} embeddings"
+    )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -471,7 +486,7 @@ SPLIT_OF = {  # by the name of a folder
 
 
 def assign_folds(labels, folds):
-    """Shuffle the clips of each class and spread them evenly -> the fold of each clip, int64."""
+    """Shuffle the recordings of each class and spread them evenly -> the fold of each, int64."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     order = order[labels[order].argsort(stable=True)]
     fold = torch.empty_like(labels)
@@ -479,52 +494,57 @@ def assign_folds(labels, folds):
     return fold
 
 
+def numbered(names):
+    """The place of each name among the different ones, sorted: b a b -> 1 0 1, int64."""
+    return torch.from_numpy(np.unique(names, return_inverse=True)[1])
+
+
 def read_task(data, names):
-    """Paths SPLIT/LABEL/..., FOLD/LABEL/... or LABEL/... -> the class of each clip, int64, and a
-    list of Folds, each of which is tested. ValueError for other paths.
+    """Paths SPLIT/LABEL/..., FOLD/LABEL/... or LABEL/... -> the class of each recording, int64, and
+    a list of Folds, each of which is tested. ValueError for other paths.
     """
     needed = ValueError(
         f"{data}: a task is train/LABEL/* and test/LABEL/* (and valid/LABEL/*), or fold1/LABEL/*, "
         "fold2/LABEL/* and so on, or LABEL/*, with two recordings or more of each LABEL"
     )
-    folders = [name.split("/")[:-1] for name in names]
-    if [] in folders:
-        raise needed
-    tops = [folder[0].lower().removesuffix(".tar") for folder in folders]
+    paths = [name.split("/") for name in names]
+    tops = [path[0].lower().removesuffix(".tar") for path in paths]
     splits = [SPLIT_OF.get(top) for top in tops]
     has_splits = {"train", "test"} <= set(splits)
     has_folds = all(top.startswith("fold") for top in tops)
-    if has_splits and None in splits:  # other folders beside train and test
+    # Not train and test beside other folders, nor train and valid without test.
+    if has_splits != (None not in splits):
         raise needed
-    if not has_splits and None not in splits:  # train and valid without test, for instance
-        raise needed
+    label = 0  # where it is in a path
     if has_splits or has_folds:
-        folders = [folder[1:] for folder in folders]
-        if [] in folders:
-            raise needed
-    classes = sorted({folder[0] for folder in folders})
-    labels = torch.tensor([classes.index(folder[0]) for folder in folders])
+        label = 1
+    if any(len(path) < label + 2 for path in paths):  # no folder for the label
+        raise needed
+    labels = numbered([path[label] for path in paths])
+
+    if has_splits:
+        groups = splits
+    elif has_folds:
+        groups = tops
+    else:
+        groups = [f"fold{number}" for number in assign_folds(labels, 5).tolist()]
+    tested = sorted(set(groups))
+    if len(labels.unique()) < 2 or len(tested) < 2:
+        raise needed
+    if has_splits:
+        tested = ["test"]
+    groups = np.array(groups)
 
     def indices(chosen):
-        return torch.as_tensor(chosen).nonzero().flatten()
+        return torch.from_numpy(np.flatnonzero(chosen))
 
     folds = []
-    if has_splits:
-        splits = np.array(splits)
-        train, valid, test = [indices(splits == name) for name in ("train", "valid", "test")]
-        folds.append(Fold(train, assign_folds(labels[train], 5), valid, test))
-    else:
-        number = assign_folds(labels, 5)
-        if has_folds:
-            number = torch.from_numpy(np.unique(tops, return_inverse=True)[1])
-        for tested in number.unique():
-            train = indices(number != tested)
-            part = number[train]  # the folds hold for the cross-validation as well
-            if len(part.unique()) == 1:
-                part = assign_folds(labels[train], 5)
-            folds.append(Fold(train, part, indices([]), indices(number == tested)))
-    if len(classes) < 2 or any(len(fold.train) == 0 or len(fold.test) == 0 for fold in folds):
-        raise needed
+    for group in tested:
+        train = indices((groups != group) & (groups != "valid"))
+        part = numbered(groups)[train]  # the folds hold for the cross-validation as well
+        if len(part.unique()) == 1:
+            part = assign_folds(labels[train], 5)
+        folds.append(Fold(train, part, indices(groups == "valid"), indices(groups == group)))
     return labels, folds
 
 
@@ -536,7 +556,7 @@ class LogMelBaseline:
         self.sampling_rate = encoder.sampling_rate
         self.device = encoder.device
         self.excerpt_samples = encoder.excerpt_samples
-        self.rows_per_excerpt = encoder.log_mel.time_bins
+        self.samples_per_row = encoder.excerpt_samples // encoder.log_mel.time_bins
 
     def rows(self, excerpts, sound):
         return self.log_mel(excerpts).squeeze(1)  # [B, T, F]
@@ -546,57 +566,46 @@ def untrained(encoder):
     """The same encoder before any training."""
     encoder = copy.deepcopy(encoder)
     torch.manual_seed(0)
-    encoder.network = VisionTransformer(encoder.network.config).to(encoder.device)
+    network = VisionTransformer(encoder.network.config).requires_grad_(False)
+    encoder.network = network.to(encoder.device)
     return encoder
 
 
 def accuracies(args, encoder):
-    """Embed a task and probe it -> the accuracy of each probe on the test clips of all folds (and
-    on the valid clips, if any, which are there to choose by), labels, folds."""
+    """Embed a task and probe it -> the accuracy of each probe on the test recordings of all folds
+    (and on the valid ones, if any, which are there to choose by), labels, folds."""
     files = AudioFiles(args.data, encoder.sampling_rate)
-    rows_of = {}
-    pooled_of = {}
-    for i, _, rows, weights in embed(encoder, files, args):
-        pooled_of[i] = mean_over_time(rows, weights)
-        if isinstance(encoder, LogMelBaseline):
-            deviation = mean_over_time((rows - pooled_of[i]).square(), weights).sqrt()
-            pooled_of[i] = torch.cat([pooled_of[i], deviation], dim=1)  # mean and std
-        if "attentive" in args.probe:
-            rows_of[i] = rows
-    order = sorted(pooled_of)
-    labels, folds = read_task(args.data, [files.name(i) for i in order])
-    embeddings = torch.cat([pooled_of[i] for i in order])
-    rows = [rows_of[i] for i in order if i in rows_of]
+    names = [files.name(i) for i in range(len(files))]
+    read_task(args.data, names)  # so that a wrong task is refused before the work
+    recordings = embed(encoder, files, args, keep_rows="attentive" in args.probe)
+    labels, folds = read_task(args.data, [recording.name for recording in recordings])
+    embeddings = torch.cat([recording.pooled for recording in recordings])
+    rows = [recording.rows for recording in recordings]
     result = {}
     for name in args.probe:
         features = rows if name == "attentive" else embeddings
-        on_test = []
-        on_valid = []
+        right = []
         for fold in folds:
-            right = PROBES[name](features, labels, fold) == labels[fold.held_out]
-            on_test.append(right[: len(fold.test)])
-            on_valid.append(right[len(fold.test) :])
-        result[name] = torch.cat(on_test).double().mean().item()
-        if len(folds[0].valid) > 0:
-            result[f"{name} valid"] = torch.cat(on_valid).double().mean().item()
+            right.append(PROBES[name](features, labels, fold) == labels[fold.held_out])
+        # Where there are valid recordings, there is one fold, and they come after those of the test.
+        right = torch.cat(right).double()
+        tests = len(right) - len(folds[0].valid)
+        result[name] = right[:tests].mean().item()
+        if tests < len(right):
+            result[f"{name} valid"] = right[tests:].mean().item()
     return result, labels, folds
 
 
 def run_probes(args, encoders):
     """--probe: the encoder of each checkpoint, and what it has to beat: log-mel, and the first of
     them untrained. Prints a table, and writes it to --json."""
-    first = encoders[0]
-    files = AudioFiles(args.data, first.sampling_rate)
-    names = [files.name(i) for i in range(len(files))]
-    read_task(args.data, names)  # so that a wrong task is refused before the work
+    first = encoders[args.checkpoints[0]]
+    baselines = {"log-mel": LogMelBaseline(first), "untrained": untrained(first)}
     table = {}
-    table["log-mel"], labels, folds = accuracies(args, LogMelBaseline(first))
-    table["untrained"] = accuracies(args, untrained(first))[0]
-    for path, encoder in zip(args.checkpoints, encoders, strict=True):
-        table[printable(path)] = accuracies(args, encoder)[0]
-
+    for name, encoder in (baselines | encoders).items():
+        table[printable(name)], labels, folds = accuracies(args, encoder)
     tested = sum(len(fold.test) for fold in folds)
-    valid = sum(len(fold.valid) for fold in folds)
+    valid = len(folds[0].valid)
     commonest = sum(labels[fold.test].bincount().max().item() for fold in folds)
     header = {
         "data": printable(args.data),
@@ -612,8 +621,8 @@ def run_probes(args, encoders):
     for name, result in table.items():
         cells = [name.ljust(widest)]
         for probe, accuracy in result.items():
-            clips = valid if probe.endswith("valid") else tested
-            error = math.sqrt(accuracy * (1 - accuracy) / clips)  # binomial standard error
+            number = valid if probe.endswith("valid") else tested
+            error = math.sqrt(accuracy * (1 - accuracy) / number)  # binomial standard error
             cells.append(f"{probe} {accuracy:.3f} +- {error:.3f}")
         print("   ".join(cells))
     if args.json:
@@ -769,16 +778,16 @@ def main(argv: list[str] | None = None) -> None:
         for path in (args.out, args.json):
             if path is not None:
                 try_to_write(path)
-        encoders = []
+        encoders = {}
         for path in args.checkpoints:
             encoder = load_encoder(path, args.bands).to(choose_device())
             if args.amp != "auto":
                 encoder.amp = args.amp
-            encoders.append(encoder)
+            encoders[path] = encoder
         if args.probe:
             run_probes(args, encoders)
         else:
-            save_embeddings(args, encoders[0])
+            save_embeddings(args, encoder)
     except (OSError, ValueError) as error:
         fail(error)
     except RuntimeError as error:
