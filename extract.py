@@ -112,9 +112,9 @@ class AudioJEPAEncoder(nn.Module):
         starts = torch.arange(0, samples, self.excerpt_samples, device=self.device)
         sound = (lengths.unsqueeze(1) - starts).clamp(0, self.excerpt_samples).flatten()
         parts = []
-        for first in range(0, len(excerpts), 32):  # 10 minutes must fit into memory
-            part = slice(first, first + 32)
-            parts.append(self.rows(excerpts[part], sound[part]))
+        # 32 excerpts at a time, because 10 minutes must fit into memory.
+        for part, sound_of_part in zip(excerpts.split(32), sound.split(32), strict=True):
+            parts.append(self.rows(part, sound_of_part))
         rows = torch.cat(parts).view(B, -1, self.output_dim)
         return rows[:, : math.ceil(samples / self.samples_per_row)]
 
@@ -216,7 +216,6 @@ def embed(encoder, files, args, keep_rows) -> list[Embedded]:
                 if not args.skip_bad:
                     raise ValueError(f"{message} (--skip-bad leaves such recordings out)")
                 tqdm.write(f"left out: {message}", file=sys.stderr)
-                rows_so_far.pop(i, None)
                 continue
             samples = sound[n].item()
             count = math.ceil(samples / encoder.samples_per_row)
@@ -297,9 +296,9 @@ class Fold:
 
 
 def knn(embeddings, labels, fold):
-    """The vote of the 10 nearest training clips by cosine, each weighing exp(similarity / 0.07).
-    Every dimension is standardised on the training clips first."""
-    embeddings = F.normalize(standardise(embeddings, embeddings[fold.train]), dim=1)
+    """The vote of the 10 nearest training recordings by cosine, each weighing
+    exp(similarity / 0.07). Every dimension is standardised on the training recordings first."""
+    embeddings = F.normalize(standardise(embeddings, fold.train), dim=1)
     similarity = embeddings[fold.held_out] @ embeddings[fold.train].T  # [held out, train]
     nearest = similarity.topk(min(10, len(fold.train)), dim=1)
     weights = (nearest.values / 0.07).softmax(1)  # exp, up to a factor that all 10 share
@@ -308,23 +307,31 @@ def knn(embeddings, labels, fold):
     return votes.argmax(1)
 
 
-def standardise(features, reference):
-    """Mean 0 and std 1 in each dimension of `reference` [n, K]; constant ones are centred only."""
-    std, mean = torch.std_mean(reference.double(), dim=0, correction=0)
-    return (features.double() - mean) / torch.where(std > 1e-6, std, 1.0)
+def standardise(features, train):
+    """[n, K] -> [n, K], float64: mean 0 and std 1 over features[train] in each dimension; constant
+    ones are centred only."""
+    features = features.double()
+    std, mean = torch.std_mean(features[train], dim=0, correction=0)
+    return (features - mean) / torch.where(std > 1e-6, std, 1.0)
 
 
-def principal_axes(features):
-    """[n, K] -> axes [K, J], orthonormal, along which the features are not correlated.
+def decorrelate(features, train):
+    """[n, K] -> [n, J], float64: standardised, along axes on which features[train] are not
+    correlated.
 
-    J <= n and K: only the span of the features is kept, because a penalised weight never leaves it.
+    J <= n and K: only the span of features[train] is kept, because a penalised weight never leaves
+    it.
     """
-    _, sizes, axes = torch.linalg.svd(features, full_matrices=False)
-    return axes[sizes > 1e-5 * sizes[0]].T
+    features = standardise(features, train)
+    _, sizes, axes = torch.linalg.svd(features[train], full_matrices=False)
+    return features @ axes[sizes > 1e-5 * sizes[0]].T
 
 
 def minimise(loss_function, parameters, iterations):
-    """L-BFGS, deterministic; it stops earlier where no gradient exceeds 1e-5."""
+    """L-BFGS, deterministic; it stops earlier where no gradient exceeds 1e-5. It changes the
+    parameters in place."""
+    for parameter in parameters:
+        parameter.requires_grad_()
     optimizer = torch.optim.LBFGS(
         parameters,
         max_iter=iterations,
@@ -342,6 +349,8 @@ def minimise(loss_function, parameters, iterations):
         return loss
 
     optimizer.step(closure)
+    for parameter in parameters:
+        parameter.requires_grad_(False)
 
 
 PENALTIES = [1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6]
@@ -361,15 +370,15 @@ def fit(features, labels, penalty):
     scale = curvature_scale(features, penalty)
     scaled = features * scale.T
     classes = int(labels.max()) + 1
-    weight = features.new_zeros(len(scale), classes).requires_grad_()
-    bias = features.new_zeros(classes).requires_grad_()
+    weight = features.new_zeros(len(scale), classes)
+    bias = features.new_zeros(classes)
 
     def loss():
         size = (weight * scale).square().sum()
         return F.cross_entropy(scaled @ weight + bias, labels) + penalty / 2 * size
 
     minimise(loss, [weight, bias], ITERATIONS)
-    return (weight * scale).detach(), bias.detach()
+    return weight * scale, bias
 
 
 def curvature_scale(features, penalty):
@@ -400,69 +409,60 @@ def choose_penalty(features, labels, fold):
 
 def linear(embeddings, labels, fold):
     """Logistic regression on the standardised embedding."""
-    embeddings = standardise(embeddings, embeddings[fold.train])
-    features = embeddings @ principal_axes(embeddings[fold.train])
+    features = decorrelate(embeddings, fold.train)
     penalty = choose_penalty(features, labels, fold)
     weight, bias = fit(features[fold.train], labels[fold.train], penalty)
     return (features[fold.held_out] @ weight + bias).argmax(1)
 
 
 def attentive(rows, labels, fold):
-    """Logistic regression on rows that learned queries have attended to: rows [R, K] of each clip.
+    """Logistic regression on rows that learned queries have attended to: rows [R, K] of each
+    recording.
 
-    A head weighs the rows of a clip by the softmax of their products with its query. The means of
-    all heads enter the regression side by side. (Keys and values would add nothing to a linear
+    A head weighs the rows of a recording by the softmax of their products with its query. The means
+    of all heads enter the regression side by side. (Keys and values would add nothing to a linear
     classifier.) It begins as the regression on the mean row, with the penalty of that one.
-    All rows of a clip count equally, including the last.
+    All rows of a recording count equally, including the last.
     """
-    of_training = torch.cat([rows[clip] for clip in fold.train.tolist()])
-    axes = principal_axes(standardise(of_training, of_training))
-    clips = [(standardise(clip, of_training) @ axes).float() for clip in rows]  # [R, J] of each
-    means = torch.stack([clip.mean(0) for clip in clips])
+    lengths = torch.tensor([len(recording) for recording in rows])
+    recording_of_row = torch.arange(len(rows)).repeat_interleave(lengths)
+    is_training = torch.isin(recording_of_row, fold.train)
+    features = decorrelate(torch.cat(rows), is_training).float()
+    recordings = features.split(lengths.tolist())  # [R, J] of each
+    means = torch.stack([recording.mean(0) for recording in recordings])
     penalty = choose_penalty(means, labels, fold)
     weight, bias = fit(means[fold.train], labels[fold.train], penalty)
 
     # As in `fit`, L-BFGS sees weights that are divided by a scale.
     scale = curvature_scale(means[fold.train], penalty)  # [J, 1]
+    scale_of_heads = scale.repeat(HEADS, 1)
     generator = torch.Generator().manual_seed(0)
     query = 0.01 * torch.randn(len(scale), HEADS, generator=generator)  # [J, HEADS]
     weight = (weight / scale / HEADS).repeat(HEADS, 1)  # [HEADS x J, classes]
-    parameters = [query, weight, bias]
-    for parameter in parameters:
-        parameter.requires_grad_()
 
     def logits(stacked):
+        """Of recordings with equally many rows [B, R, J]."""
         attention = (stacked @ (query * scale)).softmax(1)  # [B, R, HEADS]
         attended = attention.mT @ stacked  # [B, HEADS, J]
-        return attended.flatten(1) @ (weight * scale.repeat(HEADS, 1)) + bias
+        return attended.flatten(1) @ (weight * scale_of_heads) + bias
 
-    groups = stack_by_length(clips, fold.train)
+    groups = []  # recordings with equally many rows are one tensor: their labels, [B, R, J]
+    for length in lengths[fold.train].unique():
+        group = fold.train[lengths[fold.train] == length]
+        groups.append((labels[group], torch.stack([recordings[i] for i in group])))
 
     def loss():
-        weights = (weight * scale.repeat(HEADS, 1)).square().sum()
+        weights = (weight * scale_of_heads).square().sum()
         queries = QUERY_PENALTY * (query * scale).square().sum()
         total = penalty / 2 * (weights + queries)
-        for numbers, stacked in groups:
-            summed = F.cross_entropy(logits(stacked), labels[numbers], reduction="sum")
+        for answers, stacked in groups:
+            summed = F.cross_entropy(logits(stacked), answers, reduction="sum")
             total = total + summed / len(fold.train)
         return total
 
-    minimise(loss, parameters, ATTENTIVE_ITERATIONS)
-    predictions = torch.empty_like(labels)
-    with torch.no_grad():
-        for numbers, stacked in stack_by_length(clips, fold.held_out):
-            predictions[numbers] = logits(stacked).argmax(1)
-    return predictions[fold.held_out]
-
-
-def stack_by_length(rows, clips):
-    """Clips with equally many rows are one tensor: a list of (clips [B], their rows [B, R, J])."""
-    lengths = torch.tensor([len(rows[clip]) for clip in clips.tolist()])
-    groups = []
-    for length in lengths.unique():
-        group = clips[lengths == length]
-        groups.append((group, torch.stack([rows[clip] for clip in group.tolist()])))
-    return groups
+    minimise(loss, [query, weight, bias], ATTENTIVE_ITERATIONS)
+    predictions = [logits(recordings[i].unsqueeze(0)).argmax(1) for i in fold.held_out]
+    return torch.cat(predictions)
 
 
 PROBES = {"knn": knn, "linear": linear, "attentive": attentive}
@@ -587,8 +587,8 @@ def accuracies(args, encoder):
         right = []
         for fold in folds:
             right.append(PROBES[name](features, labels, fold) == labels[fold.held_out])
-        # Where there are valid recordings, there is one fold, and they come after those of the test.
         right = torch.cat(right).double()
+        # Where there are valid recordings, there is one fold, and they come after the test.
         tests = len(right) - len(folds[0].valid)
         result[name] = right[:tests].mean().item()
         if tests < len(right):
