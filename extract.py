@@ -38,6 +38,7 @@ from train import (
     choose_device,
     default_workers,
     fail,
+    fail_if_worker_died,
     launched_processes,
     load_checkpoint,
 )
@@ -183,8 +184,7 @@ class Excerpts(IterableDataset):
                     sound = len(waveform)
                 yield i, previous, sound, True, ""
             except UNREADABLE as error:
-                silence = np.zeros(self.excerpt_samples, np.float32)
-                yield i, silence, 0, True, str(error)
+                yield i, np.zeros(self.excerpt_samples, np.float32), 0, True, str(error)
 
 
 class Embedded(NamedTuple):
@@ -268,25 +268,24 @@ def save_embeddings(args, encoder):
             step=encoder.step,
             config=json.dumps(config),
         )
-    print(
-        f"{printable(args.out)}: {len(blocks)} of {len(files)} recordings, {args.pool} embeddings"
-    )
+    done = f"{len(recordings)} of {len(files)} recordings"
+    print(f"{printable(args.out)}: {done}, {args.pool} embeddings")
 
 
 # ------------------------------------------------------------------------------------------------
 # Probes: what is a frozen embedding worth? Each is a function
 #
-#     (features, labels, fold) -> the class of each held-out clip
+#     (features, labels, fold) -> the class of each held-out recording
 #
-# features are embeddings [clips, K], or for the attentive probe the rows [R, K] of each clip.
+# features are embeddings [n, K], or for the attentive probe the rows [R, K] of each recording.
 
 
 @dataclass
 class Fold:
-    """Which clips are for what: indices, int64."""
+    """Which recordings are for what: indices, int64."""
 
     train: torch.Tensor
-    part: torch.Tensor  # in which part of a cross-validation is each training clip?
+    part: torch.Tensor  # in which part of a cross-validation is each of these?
     valid: torch.Tensor  # to choose by instead of a cross-validation; may be empty
     test: torch.Tensor
 
@@ -387,8 +386,8 @@ def curvature_scale(features, penalty):
 
 
 def choose_penalty(features, labels, fold):
-    """The penalty of the best regression: on the valid clips, or by cross-validation on the
-    training clips."""
+    """The penalty of the best regression: on the valid recordings, or by cross-validation on those
+    for training."""
     splits = [(fold.train, fold.valid)]
     if len(fold.valid) == 0:
         parts = [fold.part == n for n in fold.part.unique()]
@@ -485,17 +484,17 @@ SPLIT_OF = {  # by the name of a folder
 }
 
 
-def assign_folds(labels, folds):
-    """Shuffle the recordings of each class and spread them evenly -> the fold of each, int64."""
+def five_folds(labels):
+    """Shuffle the recordings of each class and spread them evenly -> the fold of each, 0 to 4."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     order = order[labels[order].argsort(stable=True)]
     fold = torch.empty_like(labels)
-    fold[order] = torch.arange(len(labels)) % folds
+    fold[order] = torch.arange(len(labels)) % 5
     return fold
 
 
 def numbered(names):
-    """The place of each name among the different ones, sorted: b a b -> 1 0 1, int64."""
+    """Number the different names in alphabetical order: b a b -> 1 0 1, int64."""
     return torch.from_numpy(np.unique(names, return_inverse=True)[1])
 
 
@@ -512,8 +511,8 @@ def read_task(data, names):
     splits = [SPLIT_OF.get(top) for top in tops]
     has_splits = {"train", "test"} <= set(splits)
     has_folds = all(top.startswith("fold") for top in tops)
-    # Not train and test beside other folders, nor train and valid without test.
-    if has_splits != (None not in splits):
+    all_are_splits = None not in splits
+    if all_are_splits != has_splits:  # folders beside train and test, or no test, for instance
         raise needed
     label = 0  # where it is in a path
     if has_splits or has_folds:
@@ -527,7 +526,7 @@ def read_task(data, names):
     elif has_folds:
         groups = tops
     else:
-        groups = [f"fold{number}" for number in assign_folds(labels, 5).tolist()]
+        groups = [f"fold{number}" for number in five_folds(labels).tolist()]
     tested = sorted(set(groups))
     if len(labels.unique()) < 2 or len(tested) < 2:
         raise needed
@@ -538,13 +537,15 @@ def read_task(data, names):
     def indices(chosen):
         return torch.from_numpy(np.flatnonzero(chosen))
 
+    valid = groups == "valid"
     folds = []
     for group in tested:
-        train = indices((groups != group) & (groups != "valid"))
+        test = groups == group
+        train = indices(~test & ~valid)
         part = numbered(groups)[train]  # the folds hold for the cross-validation as well
         if len(part.unique()) == 1:
-            part = assign_folds(labels[train], 5)
-        folds.append(Fold(train, part, indices(groups == "valid"), indices(groups == group)))
+            part = five_folds(labels[train])
+        folds.append(Fold(train, part, indices(valid), indices(test)))
     return labels, folds
 
 
@@ -791,9 +792,8 @@ def main(argv: list[str] | None = None) -> None:
     except (OSError, ValueError) as error:
         fail(error)
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        fail(f"{error} (mostly for lack of memory: fewer --workers need less)", 1)
+        fail_if_worker_died(error)
+        raise
 
 
 if __name__ == "__main__":
