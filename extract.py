@@ -193,18 +193,17 @@ class Embedded(NamedTuple):
     name: str
     seconds: float
     pooled: torch.Tensor  # [1, K], the mean of its rows; of a log-mel, mean and std
-    rows: torch.Tensor | None  # [R, K]
+    rows: torch.Tensor | None  # [R, K], if they are kept
 
 
 def embed(encoder, files, args, keep_rows) -> list[Embedded]:
-    """All recordings, in the order of `files`. Their rows fill the memory, so they are kept only
-    for those who need them.
+    """All recordings, in the order of `files`. Only with `keep_rows` are their rows kept, because
+    those of a large data set would fill the memory.
 
     ValueError names a recording that cannot be used; --skip-bad leaves it out.
     """
-    loader = DataLoader(
-        Excerpts(files, encoder.excerpt_samples), args.batch_size, num_workers=args.workers
-    )
+    dataset = Excerpts(files, encoder.excerpt_samples)
+    loader = DataLoader(dataset, args.batch_size, num_workers=args.workers)
     rows_so_far = defaultdict(list)
     embedded = {}
     for recordings, excerpts, sound, is_last, errors in tqdm(loader, disable=None):
@@ -232,8 +231,8 @@ def embed(encoder, files, args, keep_rows) -> list[Embedded]:
                     pooled = torch.cat([pooled, variance.sqrt()], dim=1)
                 if not keep_rows:
                     whole = None
-                samples += (len(parts) - 1) * encoder.excerpt_samples
-                embedded[i] = Embedded(name, samples / encoder.sampling_rate, pooled, whole)
+                total = (len(parts) - 1) * encoder.excerpt_samples + samples
+                embedded[i] = Embedded(name, total / encoder.sampling_rate, pooled, whole)
     if not embedded:
         raise ValueError(f"{printable(args.data)}: none of its recordings can be used")
     return [embedded[i] for i in sorted(embedded)]
