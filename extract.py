@@ -21,6 +21,7 @@ import os
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ from train import (
     choose_device,
     default_workers,
     fail,
+    fail_if_worker_died,
     launched_processes,
     load_checkpoint,
 )
@@ -80,11 +82,12 @@ class AudioJEPAEncoder(nn.Module):
         self.step = stored["step"]
         self.bands = bands
         # As in training, so that the rows are alike on all machines. Slow where bf16 is emulated.
-        self.amp = stored.get("settings", {}).get("amp", "off")
+        self.amp = stored["settings"]["amp"]
         self.sampling_rate = self.log_mel.sample_rate
         self.excerpt_samples = round(self.sampling_rate * self.log_mel.clip_seconds)
         self.rows_per_excerpt, self.tokens_per_row = config.grid
-        self.hop_size_in_ms = 1000 * self.log_mel.clip_seconds / self.rows_per_excerpt
+        self.samples_per_row = self.excerpt_samples // self.rows_per_excerpt
+        self.hop_size_in_ms = 1000 * self.samples_per_row / self.sampling_rate
         self.output_dim = config.dim
         if bands == "concat":
             self.output_dim = config.dim * self.tokens_per_row
@@ -100,31 +103,32 @@ class AudioJEPAEncoder(nn.Module):
         B, samples = waveform.shape
         waveform = waveform.to(self.device, torch.float32)
         if lengths is None:
-            lengths = samples_of_sound(waveform)
+            # Count the zeros at the end. argmax gives the first maximum: 0 where all samples are
+            # zeros, which is digital silence and no padding.
+            zeros = (waveform != 0).int().flip(1).argmax(1)
+            lengths = samples - zeros
         lengths = lengths.to(self.device)
         padded = F.pad(waveform, (0, -samples % self.excerpt_samples))
         excerpts = padded.reshape(-1, self.excerpt_samples)
         starts = torch.arange(0, samples, self.excerpt_samples, device=self.device)
         sound = (lengths.unsqueeze(1) - starts).clamp(0, self.excerpt_samples).flatten()
         parts = []
-        for first in range(0, len(excerpts), 32):  # 10 minutes must fit into memory
-            part = slice(first, first + 32)
-            parts.append(self.rows(excerpts[part], sound[part]))
+        # 32 excerpts at a time, because 10 minutes must fit into memory.
+        for part, sound_of_part in zip(excerpts.split(32), sound.split(32), strict=True):
+            parts.append(self.rows(part, sound_of_part))
         rows = torch.cat(parts).view(B, -1, self.output_dim)
-        return rows[:, : math.ceil(samples * self.rows_per_excerpt / self.excerpt_samples)]
+        return rows[:, : math.ceil(samples / self.samples_per_row)]
 
     def rows(self, excerpts: torch.Tensor, sound: torch.Tensor) -> torch.Tensor:
         """Excerpts [B, excerpt_samples], the first `sound` [B] samples of which are no padding
         -> their rows [B, R, output_dim]. Rows without sound are 0, and no other row attends to
         them."""
         spectrogram = self.log_mel(excerpts)
-        rounding_up = self.excerpt_samples - 1
-        counts = (sound * self.rows_per_excerpt + rounding_up) // self.excerpt_samples
+        counts = (sound / self.samples_per_row).ceil().int()
         rows = spectrogram.new_zeros(len(excerpts), self.rows_per_excerpt, self.output_dim)
-        for count in counts.unique().tolist():
-            same_count = (counts == count).nonzero().flatten()
-            if count > 0:
-                rows[same_count, :count] = self.encode(spectrogram[same_count], count)
+        for count in counts[counts > 0].unique().tolist():
+            same_count = counts == count
+            rows[same_count, :count] = self.encode(spectrogram[same_count], count)
         return rows
 
     def encode(self, spectrogram: torch.Tensor, count: int) -> torch.Tensor:
@@ -143,15 +147,6 @@ class AudioJEPAEncoder(nn.Module):
         if self.bands == "concat":
             return tokens.flatten(2)
         return tokens.mean(2)
-
-
-def samples_of_sound(waveform: torch.Tensor) -> torch.Tensor:
-    """[B, samples] -> [B]: how many samples there are before the zeros at the end. Where all are
-    zeros, it is digital silence and no padding."""
-    samples = waveform.shape[1]
-    positions = torch.arange(1, samples + 1, device=waveform.device)
-    last = torch.where(waveform != 0, positions, 0).amax(1)
-    return torch.where(last > 0, last, samples)
 
 
 def load_encoder(path: str | os.PathLike, bands: str = "concat") -> AudioJEPAEncoder:
@@ -189,43 +184,58 @@ class Excerpts(IterableDataset):
                     sound = len(waveform)
                 yield i, previous, sound, True, ""
             except UNREADABLE as error:
-                reason = str(error) or type(error).__name__
-                yield i, torch.zeros(self.excerpt_samples), 0, True, reason
+                yield i, torch.zeros(self.excerpt_samples), 0, True, str(error)
 
 
-def embed(encoder, files, args):
-    """Yield each recording as soon as it is done: (its number, its samples, rows [R, K], their
-    weights [R]). A weight is 1, or the share of the last row that holds sound.
+class Embedded(NamedTuple):
+    """A recording that has been embedded."""
+
+    name: str
+    seconds: float
+    pooled: torch.Tensor  # [1, K], the mean of its rows; of a log-mel, mean and std
+    rows: torch.Tensor | None  # [R, K], if they are kept
+
+
+def embed(encoder, files, args, keep_rows) -> list[Embedded]:
+    """All recordings, in the order of `files`. Only with `keep_rows` are their rows kept, because
+    those of a large data set would fill the memory.
 
     ValueError names a recording that cannot be used; --skip-bad leaves it out.
     """
-    loader = DataLoader(
-        Excerpts(files, encoder.excerpt_samples), args.batch_size, num_workers=args.workers
-    )
-    samples_per_row = encoder.excerpt_samples / encoder.rows_per_excerpt
+    dataset = Excerpts(files, encoder.excerpt_samples)
+    loader = DataLoader(dataset, args.batch_size, num_workers=args.workers)
     rows_so_far = defaultdict(list)
-    samples_so_far = defaultdict(int)
+    embedded = {}
     for recordings, excerpts, sound, is_last, errors in tqdm(loader, disable=None):
-        with torch.no_grad():
-            rows = encoder.rows(excerpts.to(encoder.device), sound.to(encoder.device)).cpu()
-        for place, i in enumerate(recordings.tolist()):
-            if errors[place]:
-                message = f"{printable(files.name(i))}: {errors[place]}"
+        rows = encoder.rows(excerpts.to(encoder.device), sound.to(encoder.device)).cpu()
+        for n, i in enumerate(recordings.tolist()):
+            name = files.name(i)
+            if errors[n]:
+                message = f"{printable(name)}: {errors[n]}"
                 if not args.skip_bad:
                     raise ValueError(f"{message} (--skip-bad leaves such recordings out)")
                 tqdm.write(f"left out: {message}", file=sys.stderr)
-                rows_so_far.pop(i, None)
-                samples_so_far.pop(i, None)
                 continue
-            count = math.ceil(sound[place].item() / samples_per_row)
-            rows_so_far[i].append(rows[place, :count])
-            samples_so_far[i] += sound[place].item()
-            if is_last[place]:
-                whole = torch.cat(rows_so_far.pop(i))
-                samples = samples_so_far.pop(i)
+            samples = sound[n].item()
+            count = math.ceil(samples / encoder.samples_per_row)
+            rows_so_far[i].append(rows[n, :count])
+            if is_last[n]:
+                parts = rows_so_far.pop(i)
+                whole = torch.cat(parts)
                 weights = torch.ones(len(whole))
-                weights[-1] = samples / samples_per_row - (len(whole) - 1)
-                yield i, samples, whole, weights
+                # The last row counts by the share of it that holds sound.
+                weights[-1] = samples / encoder.samples_per_row - (count - 1)
+                pooled = mean_over_time(whole, weights)
+                if isinstance(encoder, LogMelBaseline):
+                    variance = mean_over_time((whole - pooled).square(), weights)
+                    pooled = torch.cat([pooled, variance.sqrt()], dim=1)
+                if not keep_rows:
+                    whole = None
+                total = (len(parts) - 1) * encoder.excerpt_samples + samples
+                embedded[i] = Embedded(name, total / encoder.sampling_rate, pooled, whole)
+    if not embedded:
+        raise ValueError(f"{printable(args.data)}: none of its recordings can be used")
+    return [embedded[i] for i in sorted(embedded)]
 
 
 def mean_over_time(rows, weights):
@@ -235,16 +245,10 @@ def mean_over_time(rows, weights):
 
 def save_embeddings(args, encoder):
     files = AudioFiles(args.data, encoder.sampling_rate)
-    blocks = {}
-    seconds = {}
-    for i, samples, rows, weights in embed(encoder, files, args):
-        if args.pool == "clip":
-            rows = mean_over_time(rows, weights)
-        blocks[i] = rows.numpy()
-        seconds[i] = samples / encoder.sampling_rate
-    if not blocks:
-        raise ValueError(f"{printable(args.data)}: none of its recordings can be used")
-    order = sorted(blocks)
+    recordings = embed(encoder, files, args, keep_rows=args.pool == "time")
+    blocks = [recording.pooled for recording in recordings]
+    if args.pool == "time":
+        blocks = [recording.rows for recording in recordings]
     config = {
         "model": vars(encoder.network.config),
         "log_mel": encoder.log_mel.config,
@@ -254,32 +258,33 @@ def save_embeddings(args, encoder):
     with whole_file(args.out) as file:
         np.savez(
             file,
-            embeddings=np.concatenate([blocks[i] for i in order]),
-            offsets=np.cumsum([0] + [len(blocks[i]) for i in order]),
-            paths=[files.name(i) for i in order],
-            seconds=[seconds[i] for i in order],
+            embeddings=torch.cat(blocks),
+            offsets=np.cumsum([0] + [len(block) for block in blocks]),
+            paths=[recording.name for recording in recordings],
+            seconds=[recording.seconds for recording in recordings],
             sample_rate=encoder.sampling_rate,
             hop_ms=encoder.hop_size_in_ms,
             step=encoder.step,
             config=json.dumps(config),
         )
-    print(f"{printable(args.out)}: {len(order)} of {len(files)} recordings, {args.pool} embeddings")
+    done = f"{len(recordings)} of {len(files)} recordings"
+    print(f"{printable(args.out)}: {done}, {args.pool} embeddings")
 
 
 # ------------------------------------------------------------------------------------------------
 # Probes: what is a frozen embedding worth? Each is a function
 #
-#     (features, labels, fold) -> the class of each held-out clip
+#     (features, labels, fold) -> the class of each held-out recording
 #
-# features are embeddings [clips, K], or for the attentive probe the rows [R, K] of each clip.
+# features are embeddings [n, K], or for the attentive probe the rows [R, K] of each recording.
 
 
 @dataclass
 class Fold:
-    """Which clips are for what: indices, int64."""
+    """Which recordings are for what: indices, int64."""
 
     train: torch.Tensor
-    part: torch.Tensor  # in which part of a cross-validation is each training clip?
+    part: torch.Tensor  # in which part of a cross-validation is each of these?
     valid: torch.Tensor  # to choose by instead of a cross-validation; may be empty
     test: torch.Tensor
 
@@ -289,9 +294,9 @@ class Fold:
 
 
 def knn(embeddings, labels, fold):
-    """The vote of the 10 nearest training clips by cosine, each weighing exp(similarity / 0.07).
-    Every dimension is standardised on the training clips first."""
-    embeddings = F.normalize(standardise(embeddings, embeddings[fold.train]), dim=1)
+    """The vote of the 10 nearest training recordings by cosine, each weighing
+    exp(similarity / 0.07). Every dimension is standardised on the training recordings first."""
+    embeddings = F.normalize(standardise(embeddings, fold.train), dim=1)
     similarity = embeddings[fold.held_out] @ embeddings[fold.train].T  # [held out, train]
     nearest = similarity.topk(min(10, len(fold.train)), dim=1)
     weights = (nearest.values / 0.07).softmax(1)  # exp, up to a factor that all 10 share
@@ -300,23 +305,31 @@ def knn(embeddings, labels, fold):
     return votes.argmax(1)
 
 
-def standardise(features, reference):
-    """Mean 0 and std 1 in each dimension of `reference` [n, K]; constant ones are centred only."""
-    std, mean = torch.std_mean(reference.double(), dim=0, correction=0)
-    return (features.double() - mean) / torch.where(std > 1e-6, std, 1.0)
+def standardise(features, train):
+    """[n, K] -> [n, K], float64: mean 0 and std 1 over features[train] in each dimension; constant
+    ones are centred only."""
+    features = features.double()
+    std, mean = torch.std_mean(features[train], dim=0, correction=0)
+    return (features - mean) / torch.where(std > 1e-6, std, 1.0)
 
 
-def principal_axes(features):
-    """[n, K] -> axes [K, J], orthonormal, along which the features are not correlated.
+def decorrelate(features, train):
+    """[n, K] -> [n, J], float64: standardised, along axes on which features[train] are not
+    correlated.
 
-    J <= n and K: only the span of the features is kept, because a penalised weight never leaves it.
+    J <= n and K: only the span of features[train] is kept, because a penalised weight never leaves
+    it.
     """
-    _, sizes, axes = torch.linalg.svd(features, full_matrices=False)
-    return axes[sizes > 1e-5 * sizes[0]].T
+    features = standardise(features, train)
+    _, sizes, axes = torch.linalg.svd(features[train], full_matrices=False)
+    return features @ axes[sizes > 1e-5 * sizes[0]].T
 
 
 def minimise(loss_function, parameters, iterations):
-    """L-BFGS, deterministic; it stops earlier where no gradient exceeds 1e-5."""
+    """L-BFGS, deterministic; it stops earlier where no gradient exceeds 1e-5. It changes the
+    parameters in place."""
+    for parameter in parameters:
+        parameter.requires_grad_()
     optimizer = torch.optim.LBFGS(
         parameters,
         max_iter=iterations,
@@ -334,6 +347,8 @@ def minimise(loss_function, parameters, iterations):
         return loss
 
     optimizer.step(closure)
+    for parameter in parameters:
+        parameter.requires_grad_(False)
 
 
 PENALTIES = [1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6]
@@ -353,15 +368,15 @@ def fit(features, labels, penalty):
     scale = curvature_scale(features, penalty)
     scaled = features * scale.T
     classes = int(labels.max()) + 1
-    weight = features.new_zeros(len(scale), classes).requires_grad_()
-    bias = features.new_zeros(classes).requires_grad_()
+    weight = features.new_zeros(len(scale), classes)
+    bias = features.new_zeros(classes)
 
     def loss():
         size = (weight * scale).square().sum()
         return F.cross_entropy(scaled @ weight + bias, labels) + penalty / 2 * size
 
     minimise(loss, [weight, bias], ITERATIONS)
-    return (weight * scale).detach(), bias.detach()
+    return weight * scale, bias
 
 
 def curvature_scale(features, penalty):
@@ -370,8 +385,8 @@ def curvature_scale(features, penalty):
 
 
 def choose_penalty(features, labels, fold):
-    """The penalty of the best regression: on the valid clips, or by cross-validation on the
-    training clips."""
+    """The penalty of the best regression: on the valid recordings, or by cross-validation on those
+    for training."""
     splits = [(fold.train, fold.valid)]
     if len(fold.valid) == 0:
         parts = [fold.part == n for n in fold.part.unique()]
@@ -392,69 +407,60 @@ def choose_penalty(features, labels, fold):
 
 def linear(embeddings, labels, fold):
     """Logistic regression on the standardised embedding."""
-    embeddings = standardise(embeddings, embeddings[fold.train])
-    features = embeddings @ principal_axes(embeddings[fold.train])
+    features = decorrelate(embeddings, fold.train)
     penalty = choose_penalty(features, labels, fold)
     weight, bias = fit(features[fold.train], labels[fold.train], penalty)
     return (features[fold.held_out] @ weight + bias).argmax(1)
 
 
 def attentive(rows, labels, fold):
-    """Logistic regression on rows that learned queries have attended to: rows [R, K] of each clip.
+    """Logistic regression on rows that learned queries have attended to: rows [R, K] of each
+    recording.
 
-    A head weighs the rows of a clip by the softmax of their products with its query. The means of
-    all heads enter the regression side by side. (Keys and values would add nothing to a linear
+    A head weighs the rows of a recording by the softmax of their products with its query. The means
+    of all heads enter the regression side by side. (Keys and values would add nothing to a linear
     classifier.) It begins as the regression on the mean row, with the penalty of that one.
-    All rows of a clip count equally, including the last.
+    All rows of a recording count equally, including the last.
     """
-    of_training = torch.cat([rows[clip] for clip in fold.train.tolist()])
-    axes = principal_axes(standardise(of_training, of_training))
-    clips = [(standardise(clip, of_training) @ axes).float() for clip in rows]  # [R, J] of each
-    means = torch.stack([clip.mean(0) for clip in clips])
+    lengths = torch.tensor([len(recording) for recording in rows])
+    recording_of_row = torch.arange(len(rows)).repeat_interleave(lengths)
+    is_training = torch.isin(recording_of_row, fold.train)
+    features = decorrelate(torch.cat(rows), is_training).float()
+    recordings = features.split(lengths.tolist())  # [R, J] of each
+    means = torch.stack([recording.mean(0) for recording in recordings])
     penalty = choose_penalty(means, labels, fold)
     weight, bias = fit(means[fold.train], labels[fold.train], penalty)
 
     # As in `fit`, L-BFGS sees weights that are divided by a scale.
     scale = curvature_scale(means[fold.train], penalty)  # [J, 1]
+    scale_of_heads = scale.repeat(HEADS, 1)
     generator = torch.Generator().manual_seed(0)
     query = 0.01 * torch.randn(len(scale), HEADS, generator=generator)  # [J, HEADS]
     weight = (weight / scale / HEADS).repeat(HEADS, 1)  # [HEADS x J, classes]
-    parameters = [query, weight, bias]
-    for parameter in parameters:
-        parameter.requires_grad_()
 
     def logits(stacked):
+        """Of recordings with equally many rows [B, R, J]."""
         attention = (stacked @ (query * scale)).softmax(1)  # [B, R, HEADS]
         attended = attention.mT @ stacked  # [B, HEADS, J]
-        return attended.flatten(1) @ (weight * scale.repeat(HEADS, 1)) + bias
+        return attended.flatten(1) @ (weight * scale_of_heads) + bias
 
-    groups = stack_by_length(clips, fold.train)
+    groups = []  # recordings with equally many rows are one tensor: their labels, [B, R, J]
+    for length in lengths[fold.train].unique():
+        group = fold.train[lengths[fold.train] == length]
+        groups.append((labels[group], torch.stack([recordings[i] for i in group])))
 
     def loss():
-        weights = (weight * scale.repeat(HEADS, 1)).square().sum()
+        weights = (weight * scale_of_heads).square().sum()
         queries = QUERY_PENALTY * (query * scale).square().sum()
         total = penalty / 2 * (weights + queries)
-        for numbers, stacked in groups:
-            summed = F.cross_entropy(logits(stacked), labels[numbers], reduction="sum")
+        for answers, stacked in groups:
+            summed = F.cross_entropy(logits(stacked), answers, reduction="sum")
             total = total + summed / len(fold.train)
         return total
 
-    minimise(loss, parameters, ATTENTIVE_ITERATIONS)
-    predictions = torch.empty_like(labels)
-    with torch.no_grad():
-        for numbers, stacked in stack_by_length(clips, fold.held_out):
-            predictions[numbers] = logits(stacked).argmax(1)
-    return predictions[fold.held_out]
-
-
-def stack_by_length(rows, clips):
-    """Clips with equally many rows are one tensor: a list of (clips [B], their rows [B, R, J])."""
-    lengths = torch.tensor([len(rows[clip]) for clip in clips.tolist()])
-    groups = []
-    for length in lengths.unique():
-        group = clips[lengths == length]
-        groups.append((group, torch.stack([rows[clip] for clip in group.tolist()])))
-    return groups
+    minimise(loss, [query, weight, bias], ATTENTIVE_ITERATIONS)
+    predictions = [logits(recordings[i].unsqueeze(0)).argmax(1) for i in fold.held_out]
+    return torch.cat(predictions)
 
 
 PROBES = {"knn": knn, "linear": linear, "attentive": attentive}
@@ -477,61 +483,68 @@ SPLIT_OF = {  # by the name of a folder
 }
 
 
-def assign_folds(labels, folds):
-    """Shuffle the clips of each class and spread them evenly -> the fold of each clip, int64."""
+def five_folds(labels):
+    """Shuffle the recordings of each class and spread them evenly -> the fold of each, 0 to 4."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     order = order[labels[order].argsort(stable=True)]
     fold = torch.empty_like(labels)
-    fold[order] = torch.arange(len(labels)) % folds
+    fold[order] = torch.arange(len(labels)) % 5
     return fold
 
 
+def numbered(names):
+    """Number the different names in alphabetical order: b a b -> 1 0 1, int64."""
+    return torch.from_numpy(np.unique(names, return_inverse=True)[1])
+
+
 def read_task(data, names):
-    """Paths SPLIT/LABEL/..., FOLD/LABEL/... or LABEL/... -> the class of each clip, int64, and a
-    list of Folds, each of which is tested. ValueError for other paths.
+    """Paths SPLIT/LABEL/..., FOLD/LABEL/... or LABEL/... -> the class of each recording, int64, and
+    a list of Folds, each of which is tested. ValueError for other paths.
     """
     needed = ValueError(
         f"{data}: a task is train/LABEL/* and test/LABEL/* (and valid/LABEL/*), or fold1/LABEL/*, "
         "fold2/LABEL/* and so on, or LABEL/*, with two recordings or more of each LABEL"
     )
-    folders = [name.split("/")[:-1] for name in names]
-    if [] in folders:
-        raise needed
-    tops = [folder[0].lower().removesuffix(".tar") for folder in folders]
+    paths = [name.split("/") for name in names]
+    tops = [path[0].lower().removesuffix(".tar") for path in paths]
     splits = [SPLIT_OF.get(top) for top in tops]
     has_splits = {"train", "test"} <= set(splits)
     has_folds = all(top.startswith("fold") for top in tops)
-    if has_splits and None in splits:  # other folders beside train and test
+    all_are_splits = None not in splits
+    if all_are_splits != has_splits:  # folders beside train and test, or no test, for instance
         raise needed
-    if not has_splits and None not in splits:  # train and valid without test, for instance
-        raise needed
+    label = 0  # where it is in a path
     if has_splits or has_folds:
-        folders = [folder[1:] for folder in folders]
-        if [] in folders:
-            raise needed
-    classes = sorted({folder[0] for folder in folders})
-    labels = torch.tensor([classes.index(folder[0]) for folder in folders])
+        label = 1
+    if any(len(path) < label + 2 for path in paths):  # no folder for the label
+        raise needed
+    labels = numbered([path[label] for path in paths])
+
+    if has_splits:
+        groups = splits
+    elif has_folds:
+        groups = tops
+    else:
+        groups = [f"fold{number}" for number in five_folds(labels).tolist()]
+    tested = sorted(set(groups))
+    if len(labels.unique()) < 2 or len(tested) < 2:
+        raise needed
+    if has_splits:
+        tested = ["test"]
+    groups = np.array(groups)
 
     def indices(chosen):
-        return torch.as_tensor(chosen).nonzero().flatten()
+        return torch.from_numpy(np.flatnonzero(chosen))
 
+    valid = groups == "valid"
     folds = []
-    if has_splits:
-        splits = np.array(splits)
-        train, valid, test = [indices(splits == name) for name in ("train", "valid", "test")]
-        folds.append(Fold(train, assign_folds(labels[train], 5), valid, test))
-    else:
-        number = assign_folds(labels, 5)
-        if has_folds:
-            number = torch.from_numpy(np.unique(tops, return_inverse=True)[1])
-        for tested in number.unique():
-            train = indices(number != tested)
-            part = number[train]  # the folds hold for the cross-validation as well
-            if len(part.unique()) == 1:
-                part = assign_folds(labels[train], 5)
-            folds.append(Fold(train, part, indices([]), indices(number == tested)))
-    if len(classes) < 2 or any(len(fold.train) == 0 or len(fold.test) == 0 for fold in folds):
-        raise needed
+    for group in tested:
+        test = groups == group
+        train = indices(~test & ~valid)
+        part = numbered(groups)[train]  # the folds hold for the cross-validation as well
+        if len(part.unique()) == 1:
+            part = five_folds(labels[train])
+        folds.append(Fold(train, part, indices(valid), indices(test)))
     return labels, folds
 
 
@@ -543,7 +556,7 @@ class LogMelBaseline:
         self.sampling_rate = encoder.sampling_rate
         self.device = encoder.device
         self.excerpt_samples = encoder.excerpt_samples
-        self.rows_per_excerpt = encoder.log_mel.time_bins
+        self.samples_per_row = encoder.excerpt_samples // encoder.log_mel.time_bins
 
     def rows(self, excerpts, sound):
         return self.log_mel(excerpts).squeeze(1)  # [B, T, F]
@@ -553,57 +566,46 @@ def untrained(encoder):
     """The same encoder before any training."""
     encoder = copy.deepcopy(encoder)
     torch.manual_seed(0)
-    encoder.network = VisionTransformer(encoder.network.config).to(encoder.device)
+    network = VisionTransformer(encoder.network.config).requires_grad_(False)
+    encoder.network = network.to(encoder.device)
     return encoder
 
 
 def accuracies(args, encoder):
-    """Embed a task and probe it -> the accuracy of each probe on the test clips of all folds (and
-    on the valid clips, if any, which are there to choose by), labels, folds."""
+    """Embed a task and probe it -> the accuracy of each probe on the test recordings of all folds
+    (and on the valid ones, if any, which are there to choose by), labels, folds."""
     files = AudioFiles(args.data, encoder.sampling_rate)
-    rows_of = {}
-    pooled_of = {}
-    for i, _, rows, weights in embed(encoder, files, args):
-        pooled_of[i] = mean_over_time(rows, weights)
-        if isinstance(encoder, LogMelBaseline):
-            deviation = mean_over_time((rows - pooled_of[i]).square(), weights).sqrt()
-            pooled_of[i] = torch.cat([pooled_of[i], deviation], dim=1)  # mean and std
-        if "attentive" in args.probe:
-            rows_of[i] = rows
-    order = sorted(pooled_of)
-    labels, folds = read_task(args.data, [files.name(i) for i in order])
-    embeddings = torch.cat([pooled_of[i] for i in order])
-    rows = [rows_of[i] for i in order if i in rows_of]
+    names = [files.name(i) for i in range(len(files))]
+    read_task(args.data, names)  # so that a wrong task is refused before the work
+    recordings = embed(encoder, files, args, keep_rows="attentive" in args.probe)
+    labels, folds = read_task(args.data, [recording.name for recording in recordings])
+    embeddings = torch.cat([recording.pooled for recording in recordings])
+    rows = [recording.rows for recording in recordings]
     result = {}
     for name in args.probe:
         features = rows if name == "attentive" else embeddings
-        on_test = []
-        on_valid = []
+        right = []
         for fold in folds:
-            right = PROBES[name](features, labels, fold) == labels[fold.held_out]
-            on_test.append(right[: len(fold.test)])
-            on_valid.append(right[len(fold.test) :])
-        result[name] = torch.cat(on_test).double().mean().item()
-        if len(folds[0].valid) > 0:
-            result[f"{name} valid"] = torch.cat(on_valid).double().mean().item()
+            right.append(PROBES[name](features, labels, fold) == labels[fold.held_out])
+        right = torch.cat(right).double()
+        # Where there are valid recordings, there is one fold, and they come after the test.
+        tests = len(right) - len(folds[0].valid)
+        result[name] = right[:tests].mean().item()
+        if tests < len(right):
+            result[f"{name} valid"] = right[tests:].mean().item()
     return result, labels, folds
 
 
 def run_probes(args, encoders):
     """--probe: the encoder of each checkpoint, and what it has to beat: log-mel, and the first of
     them untrained. Prints a table, and writes it to --json."""
-    first = encoders[0]
-    files = AudioFiles(args.data, first.sampling_rate)
-    names = [files.name(i) for i in range(len(files))]
-    read_task(args.data, names)  # so that a wrong task is refused before the work
+    first = encoders[args.checkpoints[0]]
+    baselines = {"log-mel": LogMelBaseline(first), "untrained": untrained(first)}
     table = {}
-    table["log-mel"], labels, folds = accuracies(args, LogMelBaseline(first))
-    table["untrained"] = accuracies(args, untrained(first))[0]
-    for path, encoder in zip(args.checkpoints, encoders, strict=True):
-        table[printable(path)] = accuracies(args, encoder)[0]
-
+    for name, encoder in (baselines | encoders).items():
+        table[printable(name)], labels, folds = accuracies(args, encoder)
     tested = sum(len(fold.test) for fold in folds)
-    valid = sum(len(fold.valid) for fold in folds)
+    valid = len(folds[0].valid)
     commonest = sum(labels[fold.test].bincount().max().item() for fold in folds)
     header = {
         "data": printable(args.data),
@@ -619,8 +621,8 @@ def run_probes(args, encoders):
     for name, result in table.items():
         cells = [name.ljust(widest)]
         for probe, accuracy in result.items():
-            clips = valid if probe.endswith("valid") else tested
-            error = math.sqrt(accuracy * (1 - accuracy) / clips)  # binomial standard error
+            number = valid if probe.endswith("valid") else tested
+            error = math.sqrt(accuracy * (1 - accuracy) / number)  # binomial standard error
             cells.append(f"{probe} {accuracy:.3f} +- {error:.3f}")
         print("   ".join(cells))
     if args.json:
@@ -634,17 +636,21 @@ def run_probes(args, encoders):
 
 def load_networks(path):
     """A checkpoint of train.py, or the authors' file in that form. ValueError if it is neither."""
-    if is_authors_file(path):
-        return load_authors_file(path)
-    return load_checkpoint(path)
-
-
-def is_authors_file(path):
-    """Lightning stores Python objects beside the weights. Ours are plain."""
     try:
-        return len(torch.serialization.get_unsafe_globals_in_checkpoint(path)) > 0
+        # Lightning stores Python objects beside the weights. Ours are plain.
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # a damaged file can raise anything; load_checkpoint says what is wrong
-        return False
+        foreign = []
+    if not foreign:
+        return load_checkpoint(path)
+    with torch.serialization.safe_globals([(Inert, name) for name in foreign]):
+        theirs = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return from_authors(theirs)
+    except (AttributeError, KeyError, TypeError):  # it holds other things
+        raise ValueError(
+            f"{path}: not a checkpoint that can be read, neither ours nor theirs"
+        ) from None
 
 
 class Inert:
@@ -657,16 +663,10 @@ class Inert:
         pass
 
 
-def load_authors_file(path):
+def from_authors(theirs):
     """The authors' Lightning checkpoint, in the form of ours; its log_mel is None."""
-    names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    with torch.serialization.safe_globals([(Inert, name) for name in names]):
-        theirs = torch.load(path, map_location="cpu", weights_only=True)
-    weights = theirs.get("state_dict") if isinstance(theirs, dict) else None
-    if not isinstance(weights, dict):
-        weights = {}
     target = {}
-    for name, tensor in weights.items():
+    for name, tensor in theirs["state_dict"].items():
         network, _, name = name.replace("_orig_mod.", "").partition(".")
         name = name.replace("patch_embed.proj", "patch_embed")
         name = name.replace("Wqkv", "qkv").replace("out_proj", "proj")
@@ -676,15 +676,14 @@ def load_authors_file(path):
             tensor = tensor.squeeze(0)
         if network == "target_encoder":
             target[name] = tensor
-    if "patch_embed.weight" not in target:
-        raise ValueError(f"{path}: not a checkpoint that can be read, neither ours nor theirs")
     dim = len(target["patch_embed.weight"])
     hidden = len(target["blocks.0.mlp.fc1.weight"])
     depth = len([name for name in target if name.endswith("attn.qkv.weight")])
     config = JEPAConfig(dim=dim, depth=depth, heads=dim // 64, mlp_ratio=hidden / dim)
     return {
         "config": {"model": vars(config), "log_mel": None},
-        "step": theirs.get("global_step", 0),
+        "settings": {"amp": "off"},
+        "step": theirs["global_step"],
         "target_encoder": target,
     }
 
@@ -712,14 +711,6 @@ class AuthorsLogMel(LogMel):
 
 # ------------------------------------------------------------------------------------------------
 # Flags
-
-
-def encoder_of(args, path):
-    """A frozen encoder, as the flags of the command line want it."""
-    encoder = load_encoder(path, args.bands).to(choose_device())
-    if args.amp != "auto":
-        encoder.amp = args.amp
-    return encoder
 
 
 def try_to_write(path):
@@ -787,17 +778,21 @@ def main(argv: list[str] | None = None) -> None:
         for path in (args.out, args.json):
             if path is not None:
                 try_to_write(path)
-        encoders = [encoder_of(args, path) for path in args.checkpoints]
+        encoders = {}
+        for path in args.checkpoints:
+            encoder = load_encoder(path, args.bands).to(choose_device())
+            if args.amp != "auto":
+                encoder.amp = args.amp
+            encoders[path] = encoder
         if args.probe:
             run_probes(args, encoders)
         else:
-            save_embeddings(args, encoders[0])
+            save_embeddings(args, encoder)
     except (OSError, ValueError) as error:
         fail(error)
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        fail(f"{error} (mostly for lack of memory: fewer --workers need less)", 1)
+        fail_if_worker_died(error)
+        raise
 
 
 if __name__ == "__main__":

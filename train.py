@@ -210,9 +210,8 @@ def main(argv=None):
     except OSError as error:  # a full disk, for instance
         fail(error, 1)
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        fail(f"{error} (mostly for lack of memory: fewer --workers need less)", 1)
+        fail_if_worker_died(error)
+        raise
 
 
 def train(args, stop):
@@ -803,6 +802,12 @@ def fail(message, code=2):
         line = f"process {os.environ['RANK']}: {line}"
     print(f"error: {line}", file=sys.stderr)
     sys.exit(code)
+
+
+def fail_if_worker_died(error):
+    """A DataLoader reports this as a RuntimeError like any other."""
+    if "DataLoader worker" in str(error):
+        fail(f"{error} (mostly for lack of memory: fewer --workers need less)", 1)
 
 
 class OneLineParser(argparse.ArgumentParser):
