@@ -76,11 +76,8 @@ def shares_of_process(batch_size: int, accum: int, rank: int, processes: int) ->
     process 1 takes clips 4-7 and then 12-15. The same slices pick clips and their masks.
     """
     size = batch_size // (accum * processes)
-    shares = []
-    for micro in range(accum):
-        first = (micro * processes + rank) * size
-        shares.append(slice(first, first + size))
-    return shares
+    firsts = range(rank * size, batch_size, processes * size)
+    return [slice(first, first + size) for first in firsts]
 
 
 @dataclass
@@ -234,7 +231,11 @@ def train(args, stop):
         clips = open_clips(args)
         config = config_of(args)
         log_mel = LogMel(args.sample_rate, args.clip_seconds, config.time_bins).to(device)
-        if checkpoint is None:
+        if checkpoint is not None:
+            stored = checkpoint["config"]["log_mel"]
+            log_mel.mean = stored["mean"]
+            log_mel.std = stored["std"]
+        else:
             if processes.is_first:
                 say("measuring mean and std of the log-mel on the first 256 clips")
             log_mel.mean, log_mel.std = measure_mean_std(clips, log_mel, device, args.workers)
@@ -247,7 +248,9 @@ def train(args, stop):
         run = build_run(args, config, log_mel, processes, device, PRECISIONS[amp])
 
         # ---- Resume, or begin.
-        settings = settings_of(args, clips, amp)
+        settings = {name: getattr(args, name) for name in DEFINE_A_RUN}
+        settings["data"] = clips.source.fingerprint  # the recordings instead of their path
+        settings["amp"] = amp  # the precision that --amp auto has chosen
         refuse_disagreement(settings | {"step": progress.step})
         if checkpoint is not None:
             resume(run, checkpoint, settings)
@@ -283,7 +286,10 @@ def train(args, stop):
 
         reads = sum(batch.reads for batch in micro_batches)
         numbers = [result.loss / processes.count, reads, len(bad), stop.requested]
-        loss, all_reads, all_bad, stops = sum_over_processes(numbers, device)
+        sums = torch.tensor(numbers, device=device)
+        if processes.count > 1:
+            dist.all_reduce(sums)
+        loss, all_reads, all_bad, stops = sums.tolist()
         seconds = time.perf_counter() - began
         interval.seconds += seconds
         progress.seconds += seconds
@@ -340,6 +346,13 @@ def build_run(args, config, log_mel, processes, device, precision) -> Run:
             broadcast_buffers=False,  # they are position tables, which never change
             gradient_as_bucket_view=True,  # saves a copy of all gradients
         )
+    # AdamW (sec. IV.C). Biases, norms and the mask token have one dimension, and no decay.
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": args.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
     return Run(
         args=args,
         device=device,
@@ -349,20 +362,9 @@ def build_run(args, config, log_mel, processes, device, precision) -> Run:
         model=model,
         ddp_model=ddp_model,
         target_encoder=target_encoder,
-        optimizer=make_optimizer(model, args.weight_decay),
+        optimizer=torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True),
         scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
     )
-
-
-def make_optimizer(model, weight_decay):
-    """AdamW (sec. IV.C). Biases, norms and the mask token have one dimension, and no decay."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -503,15 +505,6 @@ DEFINE_A_RUN = (
 ).split()
 
 
-def settings_of(args, clips, amp):
-    """What defines a run, to be compared when it is resumed: the recordings themselves instead of
-    their path, and the precision that --amp auto has chosen."""
-    settings = {name: getattr(args, name) for name in DEFINE_A_RUN}
-    settings["data"] = clips.source.fingerprint
-    settings["amp"] = amp
-    return settings
-
-
 def stateful_parts(run):
     """Everything with a state_dict, by its name in a checkpoint."""
     return {
@@ -575,8 +568,6 @@ def resume(run, checkpoint, settings):
             )
     for name, part in stateful_parts(run).items():
         part.load_state_dict(checkpoint[name])
-    run.log_mel.mean = checkpoint["config"]["log_mel"]["mean"]
-    run.log_mel.std = checkpoint["config"]["log_mel"]["std"]
 
 
 def start_from(run, checkpoint):
@@ -620,8 +611,8 @@ def stop_if_hopeless(progress, out):
     if progress.skipped_in_a_row == 20:
         fail(f"no finite gradient in 20 steps, at step {progress.step}; last.pt is as it was", 1)
     if progress.bad > max(10, 0.1 * progress.reads):
-        bad_files = out / "bad_files.txt"
-        fail(f"{progress.bad} of {progress.reads} reads of recordings failed: see {bad_files}", 1)
+        counts = f"{progress.bad} of {progress.reads}"
+        fail(f"{counts} reads of recordings failed: see {out}/bad_files.txt", 1)
 
 
 # ---- Device and precision
@@ -725,14 +716,6 @@ def from_all_processes(value):
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
-
-
-def sum_over_processes(numbers, device):
-    """Each number, summed over the processes, in one exchange."""
-    sums = torch.tensor(numbers, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(sums)
-    return sums.tolist()
 
 
 def mean_over_processes(tensor):
