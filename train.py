@@ -24,7 +24,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import tempfile
 import time
 import timeit
 from dataclasses import dataclass
@@ -32,9 +31,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import (
@@ -68,7 +65,7 @@ def learning_rate(step: int, steps: int, peak: float = 3e-4, warmup: int = 1000)
     """Linear from 1e-6 to `peak` over `warmup` steps, then cosine to 0 at `steps` (sec. IV.C)."""
     if step < warmup:
         return 1e-6 + (peak - 1e-6) * step / warmup
-    progress = min((step - warmup) / max(steps - warmup, 1), 1.0)
+    progress = (step - warmup) / (steps - warmup)
     return peak * (1 + math.cos(math.pi * progress)) / 2
 
 
@@ -79,11 +76,8 @@ def shares_of_process(batch_size: int, accum: int, rank: int, processes: int) ->
     process 1 takes clips 4-7 and then 12-15. The same slices pick clips and their masks.
     """
     size = batch_size // (accum * processes)
-    shares = []
-    for micro in range(accum):
-        first = (micro * processes + rank) * size
-        shares.append(slice(first, first + size))
-    return shares
+    firsts = range(rank * size, batch_size, processes * size)
+    return [slice(first, first + size) for first in firsts]
 
 
 @dataclass
@@ -197,10 +191,9 @@ class Progress:
 class Interval:
     """What has happened since the last line of the log. A resumed run begins a new interval."""
 
-    start_step: int
-    start_seconds: float
-    waited: float = 0.0  # seconds spent waiting for clips
-    losses: list[float] = dataclasses.field(default_factory=list)  # of steps that were not skipped
+    seconds: float = 0.0  # spent on steps
+    waited: float = 0.0  # of these, how many for clips
+    losses: list[float] = dataclasses.field(default_factory=list)  # of each step; skipped: NaN
 
 
 def main(argv=None):
@@ -217,91 +210,105 @@ def main(argv=None):
 def train(args, stop):
     """A run from its flags to its end."""
     out = Path(args.out)
+    last = out / "last.pt"
     processes = launched_processes()
-
-    # ---- Prepare: the device, the data, a checkpoint. If one of them is wrong, one line says so.
     try:
+        # ---- Build: the device, the data, the networks. If one is wrong, one line says so.
         device = choose_device()
         out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()  # OSError if nothing can be written there
+        (out / "log.csv").touch()  # OSError if nothing can be written there
+        progress = Progress()
         checkpoint = None
         initial = None
-        if (out / "last.pt").exists():
-            checkpoint = load_checkpoint(out / "last.pt")
+        if last.exists():
+            checkpoint = load_checkpoint(last)
+            if "optimizer" not in checkpoint:
+                raise ValueError(f"{last} has no optimizer: use --init {last} with another --out")
+            progress = Progress(**checkpoint["progress"])
         elif args.init is not None:
             initial = load_checkpoint(args.init)
         clips = open_clips(args)
         config = config_of(args)
         log_mel = LogMel(args.sample_rate, args.clip_seconds, config.time_bins).to(device)
-        if checkpoint is None:
+        if checkpoint is not None:
+            stored = checkpoint["config"]["log_mel"]
+            log_mel.mean = stored["mean"]
+            log_mel.std = stored["std"]
+        else:
             if processes.is_first:
                 say("measuring mean and std of the log-mel on the first 256 clips")
             log_mel.mean, log_mel.std = measure_mean_std(clips, log_mel, device, args.workers)
-    except (OSError, ValueError) as error:
-        fail(error)
+        connect(processes, device)
+        # All processes take what the first has chosen and measured, because another may have failed
+        # to read a clip.
+        amp = choose_amp(args.amp, device.type, checkpoint)
+        chosen = (amp, log_mel.mean, log_mel.std)
+        amp, log_mel.mean, log_mel.std = from_all_processes(chosen)[0]
+        run = build_run(args, config, log_mel, processes, device, PRECISIONS[amp])
 
-    # ---- Build, then resume or begin.
-    connect(processes, device)
-    # All processes take what the first has chosen and measured, because another may have failed to
-    # read a clip.
-    chosen = (choose_amp(args.amp, device.type, checkpoint), log_mel.mean, log_mel.std)
-    amp, log_mel.mean, log_mel.std = from_all_processes(chosen)[0]
-    run = build_run(args, config, log_mel, processes, device, PRECISIONS[amp])
-    settings = settings_of(args, clips, amp)
-    progress = Progress()
-    step = 0
-    if checkpoint is not None:
-        step = checkpoint["step"]
-    try:
-        refuse_disagreement(settings | {"step": step})
+        # ---- Resume, or begin.
+        settings = {name: getattr(args, name) for name in DEFINE_A_RUN}
+        settings["data"] = clips.source.fingerprint  # the recordings instead of their path
+        settings["amp"] = amp  # the precision that --amp auto has chosen
+        refuse_disagreement(settings | {"step": progress.step})
         if checkpoint is not None:
-            progress = resume(run, checkpoint, settings)
+            resume(run, checkpoint, settings)
         elif initial is not None:
             start_from(run, initial)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         disconnect()  # all leave together, because gloo aborts if a peer disappears
         fail(error)
     del checkpoint, initial  # they are as large as the run itself
     if processes.is_first:
-        say(describe(run, settings, processes, progress))
         cut_log(out / "log.csv", progress.step)
+        named = [f"{name} {value}" for name, value in settings.items()]
+        say("settings   " + "  ".join(named))
+        say(f"log-mel    mean {log_mel.mean:.4f}, std {log_mel.std:.4f}")
+        say(f"model      {count_millions(run.model):.1f} M parameters in training")
+        say(f"device     {device}, {processes.count} processes")
+        say(f"steps      {progress.step} of {args.steps} done")
 
     # ---- Loop.
     steps = range(progress.step, args.steps)
     order = clip_order(len(clips), args.seed, args.batch_size, steps, run.shares)
     batches = iter(clip_loader(clips, order, args.workers))
-    interval = Interval(progress.step, progress.seconds)
+    interval = Interval()
     saved = time.monotonic()
     hide_bar = not (processes.is_first and sys.stderr.isatty())
     for step in tqdm(steps, initial=progress.step, total=args.steps, disable=hide_bar):
         began = time.perf_counter()
         micro_batches = [next(batches) for _ in range(args.accum)]
         interval.waited += time.perf_counter() - began
-        list_bad_files(out / "bad_files.txt", micro_batches)
+        bad = sum([batch.bad for batch in micro_batches], [])
+        list_bad_files(out / "bad_files.txt", bad)
         result = train_step(run, step, [batch.clips for batch in micro_batches])
 
         reads = sum(batch.reads for batch in micro_batches)
-        bad = sum(len(batch.bad) for batch in micro_batches)
-        numbers = [result.loss, reads, bad, float(stop.requested)]
-        loss, reads, bad, stops = sum_over_processes(numbers, device)
-        loss /= processes.count
+        numbers = [result.loss / processes.count, reads, len(bad), stop.requested]
+        sums = torch.tensor(numbers, device=device)
+        if processes.count > 1:
+            dist.all_reduce(sums)
+        loss, all_reads, all_bad, stops = sums.tolist()
+        seconds = time.perf_counter() - began
+        interval.seconds += seconds
+        progress.seconds += seconds
         progress.step = step + 1
-        progress.seconds += time.perf_counter() - began
-        progress.reads += int(reads)
-        progress.bad += int(bad)
+        progress.reads += int(all_reads)
+        progress.bad += int(all_bad)
         if math.isfinite(result.grad_norm):
             progress.skipped_in_a_row = 0
-            interval.losses.append(loss)
         else:
             progress.skipped_in_a_row += 1
             progress.skipped += 1
+            loss = math.nan
+        interval.losses.append(loss)
         stop_if_hopeless(progress, out)
 
         if progress.step % args.log_every == 0 or progress.step in (1, args.steps):
-            line = log_line(run, progress, interval, result, loss, len(clips))
+            line = log_line(run, progress, interval, result, len(clips))
             if processes.is_first:
                 write_line(out / "log.csv", line)
-            interval = Interval(progress.step, progress.seconds)
+            interval = Interval()
         # If one process is asked to stop, all of them do.
         ends_here = progress.step == args.steps or stops > 0
         keep = progress.step % args.save_every == 0
@@ -312,7 +319,7 @@ def train(args, stop):
             break
 
     if processes.is_first:
-        path = printable(out / "last.pt")
+        path = printable(last)
         say(f"{progress.step} of {args.steps} steps done, saved in {path}")
         if progress.step == args.steps:
             say(f"embed your sounds: python extract.py {path} YOUR/FOLDER --out embeddings.npz")
@@ -333,11 +340,18 @@ def build_run(args, config, log_mel, processes, device, precision) -> Run:
     # identical.
     ddp_model = model
     if processes.count > 1:
-        ddp_model = DistributedDataParallel(
+        ddp_model = nn.parallel.DistributedDataParallel(
             model,
             broadcast_buffers=False,  # they are position tables, which never change
             gradient_as_bucket_view=True,  # saves a copy of all gradients
         )
+    # AdamW (sec. IV.C). Biases, norms and the mask token have one dimension, and no decay.
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": args.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
     return Run(
         args=args,
         device=device,
@@ -347,20 +361,9 @@ def build_run(args, config, log_mel, processes, device, precision) -> Run:
         model=model,
         ddp_model=ddp_model,
         target_encoder=target_encoder,
-        optimizer=make_optimizer(model, args.weight_decay),
+        optimizer=torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True),
         scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
     )
-
-
-def make_optimizer(model, weight_decay):
-    """AdamW (sec. IV.C). Biases, norms and the mask token have one dimension, and no decay."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -393,7 +396,7 @@ def monitors(targets: torch.Tensor) -> dict[str, float]:
         singular = singular[singular > 1e-6 * pooled.norm()]  # the rest is rounding
         entropy = torch.special.entr(singular / singular.sum()).sum().item()
         effective_rank = math.exp(entropy)
-    units = F.normalize(pooled)
+    units = nn.functional.normalize(pooled)
     pairs = (units @ units.T).sum().item() - clips  # without each clip and itself, which give 1
     return {
         "token_std": token_std,
@@ -424,31 +427,28 @@ def explained(jepa: JEPA, loss: float, targets: torch.Tensor, target_idx: torch.
 # ---- The log
 
 
-def log_line(run, progress, interval, result, loss, num_clips):
+def log_line(run, progress, interval, result, num_clips):
     """A line of the log. All processes call this together, because it compares their targets."""
     args = run.args
     step = progress.step - 1
-    steps = progress.step - interval.start_step
-    seconds = progress.seconds - interval.start_seconds
     targets = torch.cat(result.targets)
     targets_of_masks = targets.repeat_interleave(args.masks_per_clip, dim=0)
     target_idx = torch.cat(result.target_idx)
-    mean_loss = math.nan
-    if interval.losses:
-        mean_loss = sum(interval.losses) / len(interval.losses)
+    losses = torch.tensor(interval.losses, dtype=torch.float64)
+    clips = len(losses) * args.batch_size
     return {
         "step": progress.step,
         "epoch": progress.step * args.batch_size / num_clips,
         "seconds": progress.seconds,
-        "loss": mean_loss,
-        "explained": explained(run.model, loss, targets_of_masks, target_idx),
+        "loss": losses.nanmean().item(),  # NaN if all steps were skipped
+        "explained": explained(run.model, interval.losses[-1], targets_of_masks, target_idx),
         "lr": learning_rate(step, args.steps, args.lr, args.warmup),
         "ema_decay": ema_decay(step, args.steps, args.ema, args.ema_end),
         "masked": target_idx.shape[1],
         "grad_norm": result.grad_norm,
         **monitors(targets),
-        "clips_per_s": steps * args.batch_size / seconds,
-        "data_wait": interval.waited / seconds,
+        "clips_per_s": clips / interval.seconds,
+        "data_wait": interval.waited / interval.seconds,
         "memory_gib": torch.cuda.max_memory_allocated() / 2**30,  # the most so far, of a GPU
         "bad_files": progress.bad,
         "skipped": progress.skipped,
@@ -476,14 +476,13 @@ def say(text):
 
 def cut_log(path, step):
     """Drop the lines of steps that will be logged again, and half a line at the end."""
-    if path.exists():
-        kept = []
-        for line in path.read_text().splitlines(keepends=True):
-            first = line.split(",")[0]
-            if line.endswith("\n") and (first == "step" or float(first) <= step):
-                kept.append(line)
-        with whole_file(path) as file:
-            file.write("".join(kept).encode())
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        first = line.split(",")[0]
+        if line.endswith("\n") and (first == "step" or float(first) <= step):
+            kept.append(line)
+    with whole_file(path) as file:
+        file.write("".join(kept).encode())
 
 
 # ---- Settings and checkpoints
@@ -503,15 +502,6 @@ DEFINE_A_RUN = (
     "model positions steps batch_size lr warmup weight_decay ema ema_end target_norm loss mask "
     "mask_ratio masks_per_clip sample_rate clip_seconds seed"
 ).split()
-
-
-def settings_of(args, clips, amp):
-    """What defines a run, to be compared when it is resumed: the recordings themselves instead of
-    their path, and the precision that --amp auto has chosen."""
-    settings = {name: getattr(args, name) for name in DEFINE_A_RUN}
-    settings["data"] = clips.source.fingerprint
-    settings["amp"] = amp
-    return settings
 
 
 def stateful_parts(run):
@@ -554,7 +544,7 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         file_format = checkpoint["format"]
     except Exception as error:  # torch.load can raise anything on a damaged file
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = str(error).split("\n")[0]
         raise ValueError(f"{path}: not a checkpoint that can be read ({reason})") from None
     if file_format != CHECKPOINT_FORMAT:
         raise ValueError(f"{path}: of the format {file_format}, not {CHECKPOINT_FORMAT}")
@@ -564,7 +554,7 @@ def load_checkpoint(path):
 # ---- Resume and --init
 
 
-def resume(run, checkpoint, settings) -> Progress:
+def resume(run, checkpoint, settings):
     """Load everything that a checkpoint holds. ValueError: it is of a run with other settings."""
     last = f"{run.args.out}/last.pt"
     for name, before in checkpoint["settings"].items():
@@ -575,13 +565,8 @@ def resume(run, checkpoint, settings) -> Progress:
                 f"{flag} is {value}, but {before} in {last}: "
                 f"keep to it, or use --init {last} with another --out"
             )
-    if "optimizer" not in checkpoint:
-        raise ValueError(f"{last} has no optimizer: use --init {last} with another --out")
     for name, part in stateful_parts(run).items():
         part.load_state_dict(checkpoint[name])
-    run.log_mel.mean = checkpoint["config"]["log_mel"]["mean"]
-    run.log_mel.std = checkpoint["config"]["log_mel"]["std"]
-    return Progress(**checkpoint["progress"])
 
 
 def start_from(run, checkpoint):
@@ -611,35 +596,22 @@ def open_clips(args):
     return AudioClips(args.data, args.sample_rate, args.clip_seconds, args.seed)
 
 
-def list_bad_files(path, batches):
-    """Write down which recordings could not be used, each of them once."""
-    for batch in batches:
-        for name, reason in batch.bad:
-            line = f"{printable(name)}\t{printable(reason)}\n"
-            if not path.exists() or line not in path.read_text().splitlines(keepends=True):
-                with open(path, "a") as file:
-                    file.write(line)
+def list_bad_files(path, bad):
+    """Write down the (name, reason) of recordings that could not be used, each of them once."""
+    for name, reason in bad:
+        line = f"{printable(name)}\t{printable(reason)}\n"
+        with open(path, "a+") as file:
+            file.seek(0)
+            if line not in file.readlines():
+                file.write(line)
 
 
 def stop_if_hopeless(progress, out):
     if progress.skipped_in_a_row == 20:
         fail(f"no finite gradient in 20 steps, at step {progress.step}; last.pt is as it was", 1)
     if progress.bad > max(10, 0.1 * progress.reads):
-        bad_files = out / "bad_files.txt"
-        fail(f"{progress.bad} of {progress.reads} reads of recordings failed: see {bad_files}", 1)
-
-
-def describe(run, settings, processes, progress):
-    """What the run is about to do, to be printed at its start."""
-    return "\n".join(
-        [
-            "settings   " + "  ".join(f"{name} {value}" for name, value in settings.items()),
-            f"log-mel    mean {run.log_mel.mean:.4f}, std {run.log_mel.std:.4f}",
-            f"model      {count_millions(run.model):.1f} M parameters in training",
-            f"device     {run.device}, {processes.count} processes",
-            f"steps      {progress.step} of {run.args.steps} done",
-        ]
-    )
+        counts = f"{progress.bad} of {progress.reads}"
+        fail(f"{counts} reads of recordings failed: see {out}/bad_files.txt", 1)
 
 
 # ---- Device and precision
@@ -647,12 +619,12 @@ def describe(run, settings, processes, progress):
 
 def choose_device():
     """A GPU for each process of a machine, else MPS, else the CPU."""
-    if torch.cuda.is_available():
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return torch.device("cpu")
+    if accelerator.type == "cuda":
         torch.cuda.set_device(launched_processes().local_rank)
-        return torch.device("cuda", torch.cuda.current_device())
-    if torch.backends.mps.is_available():
-        return torch.device("mps")
-    return torch.device("cpu")
+    return accelerator
 
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
@@ -677,11 +649,12 @@ def bf16_is_faster():
     """Time a matrix product on the CPU, because its flags do not tell: of two CPUs with bf16
     instructions, one multiplied 4 times as fast as in fp32, the other half as fast. bf16 must win
     clearly, because its casts cost time as well."""
-    fp32 = torch.ones(1024, 1024)
-    bf16 = fp32.bfloat16()
-    seconds_fp32 = timeit.repeat(lambda: fp32 @ fp32, number=1, repeat=12)
-    seconds_bf16 = timeit.repeat(lambda: bf16 @ bf16, number=1, repeat=12)
-    return min(seconds_bf16) < min(seconds_fp32) / 1.5
+
+    def seconds(dtype):
+        matrix = torch.ones(1024, 1024, dtype=dtype)
+        return min(timeit.repeat(lambda: matrix @ matrix, number=1, repeat=12))
+
+    return seconds(torch.bfloat16) < seconds(torch.float32) / 1.5
 
 
 # ---- Processes and signals
@@ -742,14 +715,6 @@ def from_all_processes(value):
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
-
-
-def sum_over_processes(numbers, device):
-    """Each number, summed over the processes, in one exchange."""
-    sums = torch.tensor(numbers, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(sums)
-    return sums.tolist()
 
 
 def mean_over_processes(tensor):
@@ -839,43 +804,38 @@ def parse_args(argv):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--recipe", choices=list(RECIPES), default="paper", help="a set of other defaults")
+
+    def flag(name, default, text, choices=None):
+        """A flag of the type of its default."""
+        add(name, type=type(default), default=default, choices=choices, help=text)
+
+    flag("--recipe", "paper", "a set of other defaults", RECIPES)
     add("--data", help="folder, list, tar shards, packed folder; none: synthetic")
-    add("--out", default="runs/audio-jepa", help="output folder; a run in it is resumed")
+    flag("--out", "runs/audio-jepa", "output folder; a run in it is resumed")
     add("--init", help="checkpoint of another run, to begin with its weights")
-    add("--model", choices=list(PRESETS), default="base", help="size of the networks")
-    add("--positions", choices=["sincos", "rotary"], default="sincos", help="position encoding")
-    add("--steps", type=int, default=100000, help="optimizer steps of the whole run")
-    add("--batch-size", type=int, default=256, help="clips in a step, over all processes")
-    add("--accum", type=int, default=1, help="micro-batches in a step, to save memory")
-    add("--lr", type=float, default=3e-4, help="peak learning rate")
-    add(
-        "--warmup",
-        type=int,
-        default=1000,
-        help="steps from lr 1e-6 to the peak; if that is all steps, a tenth of them",
-    )
-    add("--weight-decay", type=float, default=0.05, help="of AdamW, on matrices only")
-    add("--ema", type=float, default=0.996, help="decay of the target encoder at step 0")
-    add("--ema-end", type=float, default=1.0, help="decay at the last step")
-    add("--target-norm", choices=["token", "clip"], default="token", help="see normalise_targets")
-    add("--loss", choices=list(LOSSES), default="l2", help="l2: eq. (2), cosine: the authors' code")
-    add("--mask", choices=list(MASKS), default="random", help="which patches are masked")
+    flag("--model", "base", "size of the networks", PRESETS)
+    flag("--positions", "sincos", "position encoding", ["sincos", "rotary"])
+    flag("--steps", 100000, "optimizer steps of the whole run")
+    flag("--batch-size", 256, "clips in a step, over all processes")
+    flag("--accum", 1, "micro-batches in a step, to save memory")
+    flag("--lr", 3e-4, "peak learning rate")
+    flag("--warmup", 1000, "steps from lr 1e-6 to the peak; if that is all steps, a tenth of them")
+    flag("--weight-decay", 0.05, "of AdamW, on matrices only")
+    flag("--ema", 0.996, "decay of the target encoder at step 0")
+    flag("--ema-end", 1.0, "decay at the last step")
+    flag("--target-norm", "token", "see normalise_targets", ["token", "clip"])
+    flag("--loss", "l2", "l2: eq. (2), cosine: the authors' code", LOSSES)
+    flag("--mask", "random", "which patches are masked", MASKS)
     add("--mask-ratio", type=float, nargs=2, default=[0.4, 0.6], help="masked share, from and to")
-    add("--masks-per-clip", type=int, default=1, help="a clip's targets are computed once for all")
-    add("--sample-rate", type=int, default=32000, help="Hz, a multiple of 128")
-    add("--clip-seconds", type=float, default=10.0, help="a multiple of a patch, 0.625")
-    add("--amp", choices=["auto", *PRECISIONS], default="auto", help="mixed precision; off: fp32")
+    flag("--masks-per-clip", 1, "a clip's targets are computed once for all")
+    flag("--sample-rate", 32000, "Hz, a multiple of 128")
+    flag("--clip-seconds", 10.0, "a multiple of a patch, 0.625")
+    flag("--amp", "auto", "mixed precision; off: fp32", ["auto", *PRECISIONS])
     add("--compile", action="store_true", help="torch.compile the three networks")
-    add(
-        "--workers",
-        type=int,
-        default=default_workers(),
-        help="processes that read clips, for each GPU",
-    )
-    add("--seed", type=int, default=0, help="of weights, clips and masks")
-    add("--save-every", type=int, default=10000, help="steps between kept checkpoints")
-    add("--log-every", type=int, default=50, help="steps between the lines of the log")
+    flag("--workers", default_workers(), "processes that read clips, for each GPU")
+    flag("--seed", 0, "of weights, clips and masks")
+    flag("--save-every", 10000, "steps between kept checkpoints")
+    flag("--log-every", 50, "steps between the lines of the log")
     recipe = parser.parse_args(argv).recipe
     parser.set_defaults(**RECIPES[recipe])
     args = parser.parse_args(argv)
