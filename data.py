@@ -32,6 +32,7 @@ import random
 import signal
 import sys
 import tarfile
+import threading
 import zlib
 from collections import Counter
 from fractions import Fraction
@@ -426,9 +427,18 @@ def clip_loader(clips, order, workers):
 
 def ignore_signals(_):
     """Ctrl-C and Slurm signal all processes of a run. Workers must ignore these signals, because
-    the main process needs them to finish its step. They end when it ends."""
+    the main process needs them to finish its step. They obey a SIGTERM of the main process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=obey_the_main_process, daemon=True).start()
+
+
+def obey_the_main_process():
+    sender = None
+    while sender != os.getppid():
+        sender = signal.sigwaitinfo([signal.SIGTERM]).si_pid
+    os._exit(0)
 
 
 # ------------------------------------------------------------------------------------------------
