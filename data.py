@@ -11,7 +11,8 @@
         VisionTransformer       patchify, run_blocks, Block, Attention, rotate, MLP, in model.py
         JEPA                    gather_tokens, Predictor, normalise_targets, l2_loss, in model.py
 
-A recording is a file, or a member of a tar, of any length. A clip is what training sees: 10 s.
+A recording is a file, or a member of a tar, of any length. A clip is what training sees: 10 s,
+or --clip-seconds.
 
     python data.py scan PATH        hours, rates, lengths, what is silent or cannot be read
     python data.py pack PATH OUT    log-mel frames in one file, to train without decoding

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Everything with a frozen encoder (sec. III.C): embeddings, probes, X-ARES.
 
-    python extract.py CHECKPOINT DATA --out emb.npz          embeddings, one row a recording
+    python extract.py CHECKPOINT DATA --out emb.npz          embeddings, one row per recording
     python extract.py CHECKPOINT DATA --probe knn linear     accuracies on train|test/LABEL/*
 
 A recording is cut into excerpts as long as a training clip (10 s); the last one is shorter. An
 excerpt of 10 s gives 16 rows, one for each 625 ms, and a row is made of 8 tokens, one for each band
-of frequencies. Training never saw padding, so only the rows that hold sound enter the encoder. In
-the mean over a recording its last row counts by the share of it that holds sound.
+of frequencies. Training clips are filled up with sound instead of padding, so only the rows that
+hold sound enter the encoder. In the mean over a recording its last row counts by the share of it
+that holds sound: 7.3 s are 12 rows, and the last of them counts .68.
 
 Letters in the shape comments: B excerpts, N tokens of an excerpt, D encoder width, R rows of an
 excerpt (of an encoder, or the frames of a log-mel) or of a recording, K numbers in a row.

@@ -14,7 +14,8 @@ The whole method in one picture (Fig. 1 of the paper; the numbers are the defaul
     predictor -> [B, M, D]  -- loss --   targets [B, M, D]
 
 Letters in the shape comments: B clips, N patches of a clip, C context (visible) patches, M masked
-patches (C + M = N), D encoder width, P predictor width, H heads, L tokens of any sequence.
+patches (C + M = N), D encoder width, P predictor width, H heads, L tokens of any sequence, T frames
+and F mel bands of a spectrogram.
 
 `python model.py` prints the parameters of every preset.
 """

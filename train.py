@@ -9,7 +9,8 @@
 Masks, clips and schedules are pure functions of (seed, step). So one process, several processes,
 accumulated micro-batches, and a run that was stopped and started again with the same --out are all
 the same run, up to the rounding of sums in another order. To resume, a checkpoint needs the
-weights, the optimizer and the step. It holds no random state, because there is none.
+weights, the optimizer and the step. No random state is saved, because all randomness is drawn from
+the seed and the step.
 
 Letters in the shape comments: B clips of a micro-batch, K masks of a clip, N patches of a clip,
 C visible and M masked ones, D encoder width, T spectrogram frames, F mel bands.
@@ -103,7 +104,7 @@ class StepResult:
     loss: float  # mean over the clips of this process
     grad_norm: float  # over all processes; NaN or Inf: the step was skipped
     targets: list[torch.Tensor]  # [B, N, D] of each micro-batch, from the target encoder
-    target_idx: list[torch.Tensor]  # [B K, M] of each micro-batch
+    target_idx: list[torch.Tensor]  # [B K, M] of each micro-batch; K rows in a row are of one clip
 
 
 def train_step(run: Run, step: int, clips: list[torch.Tensor]) -> StepResult:
@@ -111,8 +112,8 @@ def train_step(run: Run, step: int, clips: list[torch.Tensor]) -> StepResult:
     args = run.args
     result = StepResult(loss=0.0, grad_norm=math.nan, targets=[], target_idx=[])
 
-    # 1. Masks, one or several for each clip. Every process draws those of the whole batch, and uses
-    # its share.
+    # 1. Masks, K for each clip, in the order of the clips. Every process draws those of the whole
+    # batch, and uses its share.
     context_idx, target_idx = draw_masks(
         MASKS[args.mask],
         args.seed,
@@ -377,8 +378,8 @@ def build_run(args, config, log_mel, processes, device, precision) -> Run:
 def monitors(targets: torch.Tensor) -> dict[str, float]:
     """Collapse diagnostics of the targets [B, N, D] of all processes.
 
-    In a collapse the first three fall, and mostly the last rises towards 1. What is normal depends
-    on the data and the batch size: compare with step 1.
+    In a collapse the first three fall, and mostly the last rises towards 1; the first two may
+    recover later. What is normal depends on the data and the batch size: compare with step 1.
 
     token_std: std over the tokens of a clip, mean over clips and features; 0 if the tokens of a
     clip are alike. The others look at the mean token of each clip:
@@ -819,7 +820,7 @@ def parse_args(argv):
     flag("--batch-size", 256, "clips in a step, over all processes")
     flag("--accum", 1, "micro-batches in a step, to save memory")
     flag("--lr", 3e-4, "peak learning rate")
-    flag("--warmup", 1000, "steps from lr 1e-6 to the peak; if that is all steps, a tenth of them")
+    flag("--warmup", 1000, "steps from lr 1e-6 to the peak; --steps / 10 if --steps is not larger")
     flag("--weight-decay", 0.05, "of AdamW, on matrices only")
     flag("--ema", 0.996, "decay of the target encoder at step 0")
     flag("--ema-end", 1.0, "decay at the last step")
@@ -827,7 +828,7 @@ def parse_args(argv):
     flag("--loss", "l2", "l2: eq. (2), cosine: the authors' code", LOSSES)
     flag("--mask", "random", "which patches are masked", MASKS)
     add("--mask-ratio", type=float, nargs=2, default=[0.4, 0.6], help="masked share, from and to")
-    flag("--masks-per-clip", 1, "a clip's targets are computed once for all")
+    flag("--masks-per-clip", 1, "masks drawn for each clip; they share its targets")
     flag("--sample-rate", 32000, "Hz, a multiple of 128")
     flag("--clip-seconds", 10.0, "a multiple of a patch, 0.625")
     flag("--amp", "auto", "mixed precision; off: fp32", ["auto", *PRECISIONS])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Make a small file of a checkpoint, for extract.py and load_encoder alone:
+"""Make a small file of a checkpoint, for extract.py, load_encoder and train.py --init:
 
     python .github/export.py runs/small/last.pt OUT.pt "what it was trained on"
 
