@@ -598,34 +598,35 @@ def accuracies(args, encoder):
 
 
 def run_probes(args, encoders):
-    """--probe: the encoder of each checkpoint, and what it has to beat: log-mel, and the first of
-    them untrained. Prints a table, and writes it to --json."""
+    """--probe: the encoder of each checkpoint, and two baselines: log-mel, and the first encoder
+    untrained. Prints each line of the table as soon as it is known, and writes all to --json."""
     first = encoders[args.checkpoints[0]]
-    baselines = {"log-mel": LogMelBaseline(first), "untrained": untrained(first)}
+    encoders = {"log-mel": LogMelBaseline(first), "untrained": untrained(first)} | encoders
+    widest = max(len(printable(name)) for name in encoders)
     table = {}
-    for name, encoder in (baselines | encoders).items():
-        table[printable(name)], labels, folds = accuracies(args, encoder)
-    tested = sum(len(fold.test) for fold in folds)
-    valid = len(folds[0].valid)
-    commonest = sum(labels[fold.test].bincount().max().item() for fold in folds)
-    header = {
-        "data": printable(args.data),
-        "classes": int(labels.max()) + 1,
-        "folds": len(folds),
-        "train": len(folds[0].train),
-        "valid": valid,
-        "test": tested,
-        "chance": round(commonest / tested, 3),  # of the commonest class as the only answer
-    }
-    print("  ".join(f"{name} {value}" for name, value in header.items()))
-    widest = max(len(name) for name in table)
-    for name, result in table.items():
-        cells = [name.ljust(widest)]
+    for name, encoder in encoders.items():
+        result, labels, folds = accuracies(args, encoder)
+        tested = sum(len(fold.test) for fold in folds)
+        valid = len(folds[0].valid)
+        if not table:
+            commonest = sum(labels[fold.test].bincount().max().item() for fold in folds)
+            header = {
+                "data": printable(args.data),
+                "classes": int(labels.max()) + 1,
+                "folds": len(folds),
+                "train": len(folds[0].train),
+                "valid": valid,
+                "test": tested,
+                "chance": round(commonest / tested, 3),  # of the commonest class as the only answer
+            }
+            print("  ".join(f"{key} {value}" for key, value in header.items()))
+        table[printable(name)] = result
+        cells = [printable(name).ljust(widest)]
         for probe, accuracy in result.items():
             number = valid if probe.endswith("valid") else tested
             error = math.sqrt(accuracy * (1 - accuracy) / number)  # binomial standard error
             cells.append(f"{probe} {accuracy:.3f} +- {error:.3f}")
-        print("   ".join(cells))
+        print("   ".join(cells), flush=True)
     if args.json:
         with whole_file(args.json) as file:
             file.write(json.dumps(header | {"accuracy": table}).encode())

@@ -324,7 +324,8 @@ def train(args, stop):
         say(f"{progress.step} of {args.steps} steps done, saved in {path}")
         if progress.step == args.steps:
             say(f"embed your sounds: python extract.py {path} YOUR/FOLDER --out embeddings.npz")
-            say("train on them: python train.py --recipe small --data YOUR/FOLDER --out runs/mine")
+            if args.data is None:
+                say("train on them: python train.py --recipe small --data YOUR/FOLDER --out mine")
     disconnect()
 
 
