@@ -802,8 +802,9 @@ RECIPES = {  # flags that belong together; one that is given on the command line
 
 def parse_args(argv):
     parser = OneLineParser(
-        description="Pretrain Audio-JEPA. The defaults are the paper's.",
+        description="Pretrain Audio-JEPA. The defaults are the paper's, or those of --recipe.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        add_help=False,
     )
     add = parser.add_argument
 
@@ -838,8 +839,9 @@ def parse_args(argv):
     flag("--seed", 0, "of weights, clips and masks")
     flag("--save-every", 10000, "steps between kept checkpoints")
     flag("--log-every", 50, "steps between the lines of the log")
-    recipe = parser.parse_args(argv).recipe
+    recipe = parser.parse_known_args(argv)[0].recipe
     parser.set_defaults(**RECIPES[recipe])
+    add("-h", "--help", action="help", help="show these flags and the defaults of the recipe")
     args = parser.parse_args(argv)
     if args.warmup >= args.steps:
         args.warmup = args.steps // 10
