@@ -104,7 +104,7 @@ class StepResult:
     loss: float  # mean over the clips of this process
     grad_norm: float  # over all processes; NaN or Inf: the step was skipped
     targets: list[torch.Tensor]  # [B, N, D] of each micro-batch, from the target encoder
-    target_idx: list[torch.Tensor]  # [B K, M] of each micro-batch; K rows in a row are of one clip
+    target_idx: list[torch.Tensor]  # [B K, M] of each micro-batch; masks of a clip are neighbours
 
 
 def train_step(run: Run, step: int, clips: list[torch.Tensor]) -> StepResult:
@@ -127,8 +127,8 @@ def train_step(run: Run, step: int, clips: list[torch.Tensor]) -> StepResult:
     for micro, share in enumerate(run.shares):
         masks = slice(share.start * args.masks_per_clip, share.stop * args.masks_per_clip)
         spectrogram = run.log_mel(clips[micro].to(run.device, non_blocking=True))  # [B, 1, T, F]
-        # DDP averages the gradients over the processes during `backward`. Once a step is enough:
-        # until the last micro-batch they only add up in each process.
+        # DDP averages the gradients over the processes during `backward`. Once a step is enough, so
+        # before the last micro-batch they are only added up in each process.
         sync = contextlib.nullcontext()
         if run.ddp_model is not run.model and micro < args.accum - 1:
             sync = run.ddp_model.no_sync()
@@ -286,7 +286,7 @@ def train(args, stop):
 
         reads = sum(batch.reads for batch in micro_batches)
         numbers = [result.loss / processes.count, reads, len(bad), stop.requested]
-        sums = torch.tensor(numbers, device=device)
+        sums = torch.tensor(numbers, device=device)  # one exchange for all four
         if processes.count > 1:
             dist.all_reduce(sums)
         loss, all_reads, all_bad, stops = sums.tolist()
