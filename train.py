@@ -325,7 +325,8 @@ def train(args, stop):
         if progress.step == args.steps:
             say(f"embed your sounds: python extract.py {path} YOUR/FOLDER --out embeddings.npz")
             if args.data is None:
-                say("train on them: python train.py --recipe small --data YOUR/FOLDER --out mine")
+                flags = "--recipe small --data YOUR/FOLDER --out runs/mine"  # as in the README
+                say(f"train on them: python train.py {flags}")
     disconnect()
 
 
