@@ -5,7 +5,8 @@
     python .github/demo_audio.py demo --more     44 h to train on
 
 demo/pretrain   speech in 15 languages, music and effects, without labels
-demo/more       the same and 30 h out of other packages (with --more)
+demo/1h.txt     random recordings of demo/pretrain, an hour in all; demo/4h.txt, four hours
+demo/more       the same as demo/pretrain and 30 h out of other packages (with --more)
 
 Five labelled tasks in folds, each of which is tested once, after training on the others. No task
 shares a package with the sound to train on.
@@ -17,6 +18,7 @@ demo/effects    explosion, step, jump, coin, ...?       A fold has games of its 
 demo/music      which of 9 soundtracks?                 A fold has pieces of its own.
 """
 
+import random
 import re
 import shutil
 import subprocess
@@ -122,6 +124,19 @@ def pretrain(packages, folder, out):
             put(path, folder / package, f"{n:05d}{path.suffix}")
 
 
+def random_hours(hours, out):
+    """List random recordings of demo/pretrain. The list of 4 h begins with that of 1 h."""
+    paths = sorted(path for path in (out / "pretrain").rglob("*") if path.is_file())
+    random.Random(0).shuffle(paths)
+    missing = 3600 * hours
+    chosen = []
+    for path in paths:
+        if missing > 0:
+            chosen.append(str(path))
+            missing -= seconds(path)
+    (out / f"{hours}h.txt").write_text("\n".join(chosen) + "\n")
+
+
 def voices(out):
     for n, path in enumerate(sounds_of("hedgewars-data", out)):
         if "voices" in path.parts:
@@ -175,6 +190,8 @@ def music(out):
 
 def main(out, more):
     pretrain(PRETRAIN, out / "pretrain", out)
+    random_hours(1, out)
+    random_hours(4, out)
     if more:
         pretrain(PRETRAIN, out / "more", out)
         pretrain(MORE, out / "more", out)
