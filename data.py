@@ -130,10 +130,10 @@ class LogMel(nn.Module):
         with torch.autocast(clips.device.type, enabled=False):
             log_mels = clips.float()
             if clips.ndim == 2:
-                parts = [log_mels]
+                chunks = [log_mels]
                 if clips.device.type == "cpu":
-                    parts = log_mels.split(1)  # because one clip at a time fits in cache
-                log_mels = torch.cat([self.frames(part) for part in parts])
+                    chunks = log_mels.split(1)  # because one clip at a time fits in cache
+                log_mels = torch.cat([self.frames(chunk) for chunk in chunks])
             normalised = (log_mels - self.mean) / self.std
             return normalised.unsqueeze(1)
 

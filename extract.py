@@ -11,7 +11,7 @@ hold sound enter the encoder. In the mean over a recording its last row counts b
 that holds sound: 7.3 s are 12 rows, and the last of them counts .68.
 
 Letters in the shape comments: B excerpts, N tokens of an excerpt, D encoder width, R rows of an
-excerpt (of an encoder, or the frames of a log-mel) or of a recording, K numbers in a row.
+excerpt (of an encoder, or the frames of a log-mel) or of a recording, E numbers in a row.
 """
 
 import argparse
@@ -113,11 +113,10 @@ class AudioJEPAEncoder(nn.Module):
         excerpts = padded.reshape(-1, self.excerpt_samples)
         starts = torch.arange(0, samples, self.excerpt_samples, device=self.device)
         sound = (lengths.unsqueeze(1) - starts).clamp(0, self.excerpt_samples).flatten()
-        parts = []
         # 32 excerpts at a time, because 10 minutes must fit into memory.
-        for part, sound_of_part in zip(excerpts.split(32), sound.split(32), strict=True):
-            parts.append(self.rows(part, sound_of_part))
-        rows = torch.cat(parts).view(B, -1, self.output_dim)
+        chunks = zip(excerpts.split(32), sound.split(32), strict=True)
+        rows = torch.cat([self.rows(*chunk) for chunk in chunks])
+        rows = rows.view(B, -1, self.output_dim)
         return rows[:, : math.ceil(samples / self.samples_per_row)]
 
     def rows(self, excerpts: torch.Tensor, sound: torch.Tensor) -> torch.Tensor:
@@ -193,8 +192,8 @@ class Embedded(NamedTuple):
 
     name: str
     seconds: float
-    pooled: torch.Tensor  # [1, K], the mean of its rows; of a log-mel, mean and std
-    rows: torch.Tensor | None  # [R, K], if they are kept
+    pooled: torch.Tensor  # [1, E], the mean of its rows; of a log-mel, mean and std
+    rows: torch.Tensor | None  # [R, E], if they are kept
 
 
 def embed(encoder, files, args, keep_rows) -> list[Embedded]:
@@ -221,8 +220,8 @@ def embed(encoder, files, args, keep_rows) -> list[Embedded]:
             count = math.ceil(samples / encoder.samples_per_row)
             rows_so_far[i].append(rows[n, :count])
             if is_last[n]:
-                parts = rows_so_far.pop(i)
-                whole = torch.cat(parts)
+                rows_of_excerpts = rows_so_far.pop(i)
+                whole = torch.cat(rows_of_excerpts)
                 weights = torch.ones(len(whole))
                 # The last row counts by the share of it that holds sound.
                 weights[-1] = samples / encoder.samples_per_row - (count - 1)
@@ -232,7 +231,7 @@ def embed(encoder, files, args, keep_rows) -> list[Embedded]:
                     pooled = torch.cat([pooled, variance.sqrt()], dim=1)
                 if not keep_rows:
                     whole = None
-                total = (len(parts) - 1) * encoder.excerpt_samples + samples
+                total = (len(rows_of_excerpts) - 1) * encoder.excerpt_samples + samples
                 embedded[i] = Embedded(name, total / encoder.sampling_rate, pooled, whole)
     if not embedded:
         raise ValueError(f"{printable(args.data)}: none of its recordings can be used")
@@ -240,7 +239,7 @@ def embed(encoder, files, args, keep_rows) -> list[Embedded]:
 
 
 def mean_over_time(rows, weights):
-    """[R, K] and [R] -> [1, K]"""
+    """[R, E] and [R] -> [1, E]"""
     return (weights.unsqueeze(1) * rows).sum(0, keepdim=True) / weights.sum()
 
 
@@ -277,7 +276,7 @@ def save_embeddings(args, encoder):
 #
 #     (features, labels, fold) -> the class of each held-out recording
 #
-# features are embeddings [n, K], or for the attentive probe the rows [R, K] of each recording.
+# features are embeddings [n, E], or for the attentive probe the rows [R, E] of each recording.
 
 
 @dataclass
@@ -285,7 +284,7 @@ class Fold:
     """Which recordings are for what: indices, int64."""
 
     train: torch.Tensor
-    part: torch.Tensor  # in which part of a cross-validation is each of these?
+    inner_fold: torch.Tensor  # in which fold of a cross-validation is each of these?
     valid: torch.Tensor  # to choose by instead of a cross-validation; may be empty
     test: torch.Tensor
 
@@ -307,7 +306,7 @@ def knn(embeddings, labels, fold):
 
 
 def standardise(features, train):
-    """[n, K] -> [n, K], float64: mean 0 and std 1 over features[train] in each dimension; constant
+    """[n, E] -> [n, E], float64: mean 0 and std 1 over features[train] in each dimension; constant
     ones are centred only."""
     features = features.double()
     std, mean = torch.std_mean(features[train], dim=0, correction=0)
@@ -315,10 +314,10 @@ def standardise(features, train):
 
 
 def decorrelate(features, train):
-    """[n, K] -> [n, J], float64: standardised, along axes on which features[train] are not
+    """[n, E] -> [n, J], float64: standardised, along axes on which features[train] are not
     correlated.
 
-    J <= n and K: only the span of features[train] is kept, because a penalised weight never leaves
+    J <= n and E: only the span of features[train] is kept, because a penalised weight never leaves
     it.
     """
     features = standardise(features, train)
@@ -390,8 +389,10 @@ def choose_penalty(features, labels, fold):
     for training."""
     splits = [(fold.train, fold.valid)]
     if len(fold.valid) == 0:
-        parts = [fold.part == n for n in fold.part.unique()]
-        splits = [(fold.train[~part], fold.train[part]) for part in parts]
+        splits = []
+        for number in fold.inner_fold.unique():
+            is_held_out = fold.inner_fold == number
+            splits.append((fold.train[~is_held_out], fold.train[is_held_out]))
     features = features.float()  # good enough to choose by, and twice as fast
     right = []
     for penalty in PENALTIES:
@@ -415,7 +416,7 @@ def linear(embeddings, labels, fold):
 
 
 def attentive(rows, labels, fold):
-    """Logistic regression on rows that learned queries have attended to: rows [R, K] of each
+    """Logistic regression on rows that learned queries have attended to: rows [R, E] of each
     recording.
 
     A head weighs the rows of a recording by the softmax of their products with its query. The means
@@ -542,10 +543,10 @@ def read_task(data, names):
     for group in tested:
         test = groups == group
         train = indices(~test & ~valid)
-        part = numbered(groups)[train]  # the folds hold for the cross-validation as well
-        if len(part.unique()) == 1:
-            part = five_folds(labels[train])
-        folds.append(Fold(train, part, indices(valid), indices(test)))
+        inner_fold = numbered(groups)[train]  # the folds hold for the cross-validation as well
+        if len(inner_fold.unique()) == 1:
+            inner_fold = five_folds(labels[train])
+        folds.append(Fold(train, inner_fold, indices(valid), indices(test)))
     return labels, folds
 
 

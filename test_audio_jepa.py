@@ -1476,7 +1476,7 @@ def test_folders_called_fold_are_tested_in_turn_and_kept_apart():
     _, folds = extract.read_task("x", names)
     assert [fold.test.tolist() for fold in folds] == [[0, 1], [2, 3], [4, 5]]
     assert folds[0].train.tolist() == [2, 3, 4, 5]
-    assert folds[0].part.tolist() == [1, 1, 2, 2]  # of the cross-validation
+    assert folds[0].inner_fold.tolist() == [1, 1, 2, 2]  # of the cross-validation
 
 
 def test_folders_by_label_are_tested_a_fifth_at_a_time():

@@ -458,9 +458,13 @@ def log_line(run, progress, interval, result, num_clips):
     }
 
 
+PRINTED = ("step", "loss", "explained", "token_std", "effective_rank", "clips_per_s")
+
+
 def write_line(path, line):
+    """Append a line to log.csv, and print some of it."""
     cells = {name: f"{value:.7g}" for name, value in line.items()}
-    say("  ".join(f"{name} {cell}" for name, cell in cells.items()))
+    say("  ".join(f"{name} {cells[name]}" for name in PRINTED))
     with open(path, "a") as file:
         if file.tell() == 0:
             file.write(",".join(cells) + "\n")

@@ -4,11 +4,15 @@
     python .github/figures.py mask CHECKPOINT OUT.png SOUND SOUND SOUND      seen, and how far off
     python .github/figures.py tokens CHECKPOINT OUT.png SOUND SOUND SOUND    tokens as colours
     python .github/figures.py curves OUT.png HEALTHY COLLAPSED    two runs, by their folders
+    python .github/figures.py hours OUT.png 1,4 TASK.json ...     accuracy over hours of sound
+
+`hours` takes what extract.py --json wrote for each task, with a checkpoint for each amount.
 
 `mask` needs a last.pt or step-*.pt of train.py, because it runs the predictor.
 """
 
 import csv
+import json
 import sys
 from pathlib import Path
 
@@ -172,7 +176,32 @@ def draw_curves(out, healthy, collapsed):
     figure.savefig(out, dpi=DOTS_PER_INCH)
 
 
-DRAW = {"mask": draw_mask, "tokens": draw_tokens, "curves": draw_curves}
+def draw_hours(out, hours, *tasks):
+    """The mean accuracy over the tasks, beside that of both baselines."""
+    hours = [float(number) for number in hours.split(",")]
+    accuracies = [json.loads(Path(task).read_text())["accuracy"] for task in tasks]
+    views = list(accuracies[0])  # log-mel, untrained, and the checkpoints in the order of `hours`
+    probes = list(accuracies[0]["log-mel"])
+    figure, panels = plt.subplots(1, len(probes), figsize=(10, 3.2), layout="constrained")
+    for panel, probe in zip(panels, probes, strict=True):
+        means = {}
+        for view in views:
+            numbers = [accuracy[view][probe] for accuracy in accuracies]
+            means[view] = sum(numbers) / len(numbers)
+            print(probe, view, round(means[view], 3))
+        trained = [means[view] for view in views[2:]]
+        panel.plot(hours, trained, color="#2a7f62", marker="o", label="trained")
+        panel.axhline(means["log-mel"], color="#555555", linestyle="--", label="log-mel")
+        panel.axhline(means["untrained"], color="#b08a2e", linestyle=":", label="untrained")
+        panel.set_xscale("log")
+        panel.set_xticks(hours, [f"{number:g} h" for number in hours])
+        panel.minorticks_off()
+        panel.set_title(f"{probe} accuracy, mean of {len(tasks)} tasks")
+    panels[0].legend(frameon=False)
+    figure.savefig(out, dpi=DOTS_PER_INCH)
+
+
+DRAW = {"mask": draw_mask, "tokens": draw_tokens, "curves": draw_curves, "hours": draw_hours}
 
 if __name__ == "__main__":
     if len(sys.argv) < 4 or sys.argv[1] not in DRAW:
