@@ -184,7 +184,8 @@ class Excerpts(IterableDataset):
                     sound = len(waveform)
                 yield i, previous, sound, True, ""
             except UNREADABLE as error:
-                yield i, torch.zeros(self.excerpt_samples), 0, True, str(error)
+                reason = str(error) or repr(error)
+                yield i, torch.zeros(self.excerpt_samples), 0, True, reason
 
 
 class Embedded(NamedTuple):
