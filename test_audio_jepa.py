@@ -1668,8 +1668,8 @@ def test_every_flag_in_the_readme_exists():
     scripts = ("train.py", "data.py", "extract.py")
     help_texts = [run_python(script, "--help").stdout for script in scripts]
     of_others = (
-        "--nproc --standalone --max-jobs --max-restarts --shm-size --nodes --ntasks-per-node "
-        "--gpus-per-node --cpus-per-task --signal --requeue --nnodes --rdzv"
+        "--more --nproc --standalone --max-jobs --max-restarts --shm-size --nodes "
+        "--ntasks-per-node --gpus-per-node --cpus-per-task --signal --requeue --nnodes --rdzv"
     )
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - set(of_others.split())
     assert [flag for flag in named if flag not in "".join(help_texts)] == []
