@@ -17,13 +17,12 @@ or --clip-seconds.
     python data.py scan PATH        hours, rates, lengths, what is silent or cannot be read
     python data.py pack PATH OUT    log-mel frames in one file, to train without decoding
 
-PATH is a folder, a list of paths (.txt, .csv, .tsv) or tar shards, as for train.py --data.
+PATH is a folder, a list of paths (.txt) or tar shards, as for train.py --data.
 Letters in the shape comments: B clips, T spectrogram frames, F mel bands.
 """
 
 import argparse
 import contextlib
-import csv
 import functools
 import io
 import json
@@ -44,7 +43,7 @@ import soundfile
 import torch
 import torch.nn.functional as F
 import torchaudio
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchaudio.compliance import kaldi
 from tqdm import tqdm
@@ -72,12 +71,12 @@ class LogMel(nn.Module):
 
     def __init__(
         self,
-        sample_rate: int = 32000,
-        clip_seconds: float = 10.0,
-        time_bins: int = 256,
-        mel_bins: int = MEL_BINS,
-        mean: float = 0.0,
-        std: float = 1.0,
+        sample_rate=32000,
+        clip_seconds=10.0,
+        time_bins=256,
+        mel_bins=MEL_BINS,
+        mean=0.0,
+        std=1.0,
     ):
         super().__init__()
         hop = sample_rate * clip_seconds / time_bins
@@ -125,15 +124,15 @@ class LogMel(nn.Module):
         mel = power[..., :-1] @ self.filters.float()  # [B, T, F]; Kaldi leaves the last bin out
         return mel.clamp(min=FLOOR).log()
 
-    def forward(self, clips: torch.Tensor) -> torch.Tensor:
+    def forward(self, clips):
         # In fp32, because powers overflow fp16 and bf16 cannot tell them apart.
         with torch.autocast(clips.device.type, enabled=False):
             log_mels = clips.float()
             if clips.ndim == 2:
-                chunks = [log_mels]
+                at_once = len(clips)
                 if clips.device.type == "cpu":
-                    chunks = log_mels.split(1)  # because one clip at a time fits in cache
-                log_mels = torch.cat([self.frames(chunk) for chunk in chunks])
+                    at_once = 1  # which fits in cache
+                log_mels = torch.cat([self.frames(chunk) for chunk in log_mels.split(at_once)])
             normalised = (log_mels - self.mean) / self.std
             return normalised.unsqueeze(1)
 
@@ -173,7 +172,7 @@ class Source:
         return os.fsdecode(self.entries[i].split(b"\0")[0])
 
     @property
-    def fingerprint(self) -> str:
+    def fingerprint(self):
         """Tells one set of recordings from another."""
         return f"{len(self)} recordings, crc {zlib.crc32(self.entries):08x}"
 
@@ -205,16 +204,12 @@ class AudioFiles(Source):
             promised = sound.frames  # samples, by the header
             count = math.ceil(length * rate / self.rate)
             latest = max(promised - count, 0)
-            start = int(rng.uniform(0, latest + 1))
-            waveform = decode(sound, start, count)
+            waveform = decode(sound, int(rng.uniform(0, latest + 1)), count)
         if len(waveform) < count < promised:
-            # The header promises more than there is, or the file is a stream of unknown length. So
-            # decode all there is, and take the excerpt from that.
+            # The header promises more than there is, or the file is a stream of unknown length:
+            # take its beginning.
             with self.open(i) as sound:
-                everything = torch.cat(list(pieces(sound)))
-            latest = max(len(everything) - count, 0)
-            start = int(rng.uniform(0, latest + 1))
-            waveform = everything[start : start + count]
+                waveform = decode(sound, 0, count)
         return resampler(rate, self.rate)(waveform)[:length]
 
     def windows(self, i, length):
@@ -253,24 +248,23 @@ class PackedFrames(Source):
 
 
 class SyntheticSounds(Source):
-    """Sound without a download: each excerpt is a random mix of decaying sine tones."""
+    """Sound without a download: each excerpt is a mix of four random tones, each of which is struck
+    once a second."""
 
     fingerprint = "synthetic clips"
 
     def __init__(self, sample_rate, num_clips):
         self.entries = np.full(num_clips, b"synthetic")
         self.rate = sample_rate
-        hertz = 80 * 2 ** np.random.default_rng(0).uniform(0, 6, size=(120, 1))
-        t = np.arange(sample_rate) / sample_rate  # a second for each tone
-        tones = np.sin(2 * np.pi * hertz * t) * np.exp(-4 * t)
-        self.tape = torch.from_numpy(tones).float().flatten()
 
     def excerpt(self, i, length, rng):
+        seconds = torch.arange(length) / self.rate
         mix = torch.zeros(length)
         for _ in range(4):
-            start = rng.randrange(len(self.tape) - length)
-            loud = rng.uniform(0.03, 0.3)
-            mix += loud * self.tape[start : start + length]
+            hertz = 80 * 2 ** rng.uniform(0, 6)
+            since_struck = (seconds + rng.random()) % 1
+            tone = torch.exp(-4 * since_struck) * torch.sin(2 * math.pi * hertz * seconds)
+            mix += rng.uniform(0.03, 0.3) * tone
         return mix
 
 
@@ -284,7 +278,7 @@ class Clips(Dataset):
     clips[i] is clip i of epoch `clips.epoch`, a pure function of (seed, epoch, i).
     A longer recording gives a random excerpt. A shorter one is filled up with other recordings, end
     to end: if silence filled it, most targets would be the same silence, and predicting them would
-    teach nothing. A remainder shorter than 625 ms (or half a clip) is left silent.
+    teach nothing. A remainder shorter than a patch (625 ms) is left silent.
     OSError: ten recordings in a row cannot be used.
     """
 
@@ -293,12 +287,12 @@ class Clips(Dataset):
         self.seed = seed
         self.epoch = 0
         self.length = round(clip_seconds * source.rate)
-        self.shortest_fill = min(round(PATCH_SECONDS * source.rate), self.length // 2)
+        self.shortest_fill = round(PATCH_SECONDS * source.rate)
 
     def __len__(self):
         return len(self.source)
 
-    def __getitem__(self, i) -> torch.Tensor:
+    def __getitem__(self, i):
         return self.read(self.epoch, i)[0]
 
     def read(self, epoch, i):
@@ -335,13 +329,7 @@ class AudioClips(Clips):
     ValueError says what is wrong with the path.
     """
 
-    def __init__(
-        self,
-        path,
-        sample_rate: int = 32000,
-        clip_seconds: float = 10.0,
-        seed: int = 0,
-    ):
+    def __init__(self, path, sample_rate=32000, clip_seconds=10.0, seed=0):
         kind = AudioFiles
         if os.path.isfile(os.path.join(path, "pack.json")):
             kind = PackedFrames
@@ -351,13 +339,7 @@ class AudioClips(Clips):
 class SyntheticClips(Clips):
     """Clips without data -> waveforms [samples], float32, no two epochs alike."""
 
-    def __init__(
-        self,
-        sample_rate: int = 32000,
-        clip_seconds: float = 10.0,
-        seed: int = 0,
-        num_clips: int = 10000,
-    ):
+    def __init__(self, sample_rate=32000, clip_seconds=10.0, seed=0, num_clips=10000):
         super().__init__(SyntheticSounds(sample_rate, num_clips), clip_seconds, seed)
 
 
@@ -386,7 +368,7 @@ def clip_order(num_clips, seed, batch_size, steps, shares):
 
 
 class Batch(NamedTuple):
-    clips: torch.Tensor  # waveforms [B, samples], or packed frames [B, T, F]
+    clips: Tensor  # waveforms [B, samples], or packed frames [B, T, F]
     reads: int  # recordings that were opened
     bad: list  # (name, reason) of those that could not be used
 
@@ -446,10 +428,9 @@ def obey_the_main_process():
 # The method ends here. What follows finds and decodes audio.
 
 AUDIO = tuple(b".wav .flac .ogg .oga .opus .mp3 .aiff .aif .aifc .au .caf .rf64 .sph .w64".split())
-OTHER_AUDIO = (b".m4a", b".mp4", b".aac", b".wma", b".webm")  # which libsndfile cannot read
 USAGE = (
-    "give a folder, a list or a .tar of what libsndfile decodes (.wav, .flac, .ogg, .mp3 and more, "
-    "not .m4a); a list is a .txt with a path a line, or a .csv or .tsv that begins with paths"
+    "give a folder, a .tar or a .txt with a path a line, of what libsndfile decodes (.wav, .flac, "
+    ".ogg, .mp3 and more, not .m4a)"
 )
 
 
@@ -463,27 +444,20 @@ def find_recordings(path):
     path = os.fsencode(path)
     if not os.path.exists(path):
         raise ValueError(f"{printable(path)}: does not exist")
-    if os.path.exists(os.path.join(path, b"pack.json")):
-        raise ValueError(f"{printable(path)}: is packed; give the recordings themselves")
     root = os.path.dirname(path)
     names = [os.path.basename(path)]
-    is_list = path.lower().endswith((b".txt", b".csv", b".tsv"))
+    is_list = path.lower().endswith(b".txt")
     if os.path.isdir(path):
         root = path
         names = walk(path)
     elif is_list:
         names = read_list(path)
     entries = []
-    left_out = 0
     for name in names:
         if name.lower().endswith(b".tar"):
             entries += tar_members(root, name)
         elif is_list or name.lower().endswith(AUDIO):  # a listed file may have any extension
             entries.append(name)
-        elif name.lower().endswith(OTHER_AUDIO):
-            left_out += 1
-    if left_out > 0:
-        warn(f"{printable(path)}: {left_out} files like .m4a are left out; ffmpeg can convert them")
     if not entries:
         raise ValueError(f"{printable(path)}: no audio found; {USAGE}")
     return root, np.sort(np.array(entries))
@@ -507,19 +481,11 @@ def walk(root):
 
 
 def read_list(path):
-    """The paths in a list, relative to its folder. ValueError: a path names no file."""
-    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-        lines = file.read().splitlines()
-    is_txt = path.lower().endswith(b".txt")
-    if not is_txt:
-        delimiter = "," if path.lower().endswith(b".csv") else "\t"
-        lines = [cells[0] for cells in csv.reader(lines, delimiter=delimiter) if cells]
-    names = []
-    for number, line in enumerate(lines):
-        name = os.fsencode(line)
-        if os.path.isfile(os.path.join(os.path.dirname(path), name)):
-            names.append(name)
-        elif line.strip() and (is_txt or number > 0):  # the first of a table may be a heading
+    """The paths in a list, one a line, relative to its folder. ValueError: a path names no file."""
+    with open(path, "rb") as file:
+        names = [name for name in file.read().splitlines() if name]
+    for name in names:
+        if not os.path.isfile(os.path.join(os.path.dirname(path), name)):
             raise ValueError(
                 f"{printable(path)}: there is no file {printable(name)} in its folder (for several "
                 f"folders, put links to them into one); {USAGE}"
@@ -611,9 +577,7 @@ def whole_file(path):
             os.fsync(file.fileno())  # or a power cut could leave the new name on an empty file
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        cause = error
-        if isinstance(error.__context__, OSError):
-            cause = error.__context__  # torch.save hides the disk's error behind its own
+        cause = error.__context__ or error  # torch.save hides the disk's error behind its own
         raise OSError(f"cannot write {path}: {cause}; what was there before is kept") from error
     finally:
         if os.path.exists(temporary):

@@ -20,18 +20,16 @@ import json
 import math
 import os
 import sys
-from collections import defaultdict
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
-from data import UNREADABLE, AudioFiles, LogMel, printable, whole_file
+from data import UNREADABLE, AudioFiles, LogMel, whole_file
 from model import JEPAConfig, VisionTransformer
 from train import (
     PRECISIONS,
@@ -39,8 +37,6 @@ from train import (
     choose_device,
     default_workers,
     fail,
-    fail_if_worker_died,
-    launched_processes,
     load_checkpoint,
 )
 
@@ -63,12 +59,10 @@ class AudioJEPAEncoder(nn.Module):
     ValueError: a missing or damaged checkpoint, unknown bands, a waveform of another shape.
     """
 
-    def __init__(self, checkpoint: str | None = None, bands: str | None = None):
+    def __init__(self, checkpoint=None, bands=None):
         super().__init__()
-        checkpoint = checkpoint or os.environ.get("AUDIO_JEPA_CHECKPOINT")
+        checkpoint = checkpoint or os.environ["AUDIO_JEPA_CHECKPOINT"]
         bands = bands or os.environ.get("AUDIO_JEPA_BANDS", "concat")
-        if checkpoint is None:
-            raise ValueError("no checkpoint: name one, or set AUDIO_JEPA_CHECKPOINT")
         if bands not in ("concat", "mean"):
             raise ValueError(f"bands are concat or mean, not {bands}")
         stored = load_networks(checkpoint)
@@ -94,14 +88,14 @@ class AudioJEPAEncoder(nn.Module):
             self.output_dim = config.dim * self.tokens_per_row
 
     @property
-    def device(self) -> torch.device:
+    def device(self):
         return self.log_mel.window.device
 
-    def forward(self, waveform: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
-        if waveform.ndim != 2 or waveform.shape[1] == 0 or not waveform.is_floating_point():
+    def forward(self, waveform, lengths=None):
+        if waveform.ndim != 2 or not waveform.is_floating_point():
             shape = f"{waveform.dtype}, {list(waveform.shape)}"
             raise ValueError(f"a waveform of {shape}: it must be float and [B, samples]")
-        B, samples = waveform.shape
+        samples = waveform.shape[1]
         waveform = waveform.to(self.device, torch.float32)
         if lengths is None:
             # Count the zeros at the end. argmax gives the first maximum: 0 where all samples are
@@ -110,16 +104,15 @@ class AudioJEPAEncoder(nn.Module):
             lengths = samples - zeros
         lengths = lengths.to(self.device)
         padded = F.pad(waveform, (0, -samples % self.excerpt_samples))
-        excerpts = padded.reshape(-1, self.excerpt_samples)
-        starts = torch.arange(0, samples, self.excerpt_samples, device=self.device)
-        sound = (lengths.unsqueeze(1) - starts).clamp(0, self.excerpt_samples).flatten()
-        # 32 excerpts at a time, because 10 minutes must fit into memory.
-        chunks = zip(excerpts.split(32), sound.split(32), strict=True)
-        rows = torch.cat([self.rows(*chunk) for chunk in chunks])
-        rows = rows.view(B, -1, self.output_dim)
+        rows = []
+        for start in range(0, samples, self.excerpt_samples):
+            excerpts = padded[:, start : start + self.excerpt_samples]
+            sound = (lengths - start).clamp(0, self.excerpt_samples)
+            rows.append(self.rows(excerpts, sound))
+        rows = torch.cat(rows, dim=1)
         return rows[:, : math.ceil(samples / self.samples_per_row)]
 
-    def rows(self, excerpts: torch.Tensor, sound: torch.Tensor) -> torch.Tensor:
+    def rows(self, excerpts, sound):
         """Excerpts [B, excerpt_samples], the first `sound` [B] samples of which are no padding
         -> their rows [B, R, output_dim]. Rows without sound are 0, and no other row attends to
         them."""
@@ -131,18 +124,13 @@ class AudioJEPAEncoder(nn.Module):
             rows[same_count, :count] = self.encode(spectrogram[same_count], count)
         return rows
 
-    def encode(self, spectrogram: torch.Tensor, count: int) -> torch.Tensor:
+    def encode(self, spectrogram, count):
         """[B, 1, T, F] -> [B, count, output_dim]: the first `count` rows, by their tokens alone."""
         num_tokens = count * self.tokens_per_row
         context_idx = torch.arange(num_tokens, device=self.device).expand(len(spectrogram), -1)
-        dtype = self.network.pos_embed.dtype
         precision = PRECISIONS[self.amp]
-        if precision == torch.float16 and self.device.type == "cpu":
-            precision = torch.float32
-        # A network that .half() and the like have cast stays as it is.
-        mixed = dtype == torch.float32 and precision != torch.float32
-        with torch.autocast(self.device.type, precision, mixed):
-            tokens = self.network(spectrogram.to(dtype), context_idx)  # [B, N, D], time-major
+        with torch.autocast(self.device.type, precision, precision != torch.float32):
+            tokens = self.network(spectrogram, context_idx)  # [B, N, D], time-major
         tokens = tokens.float().unflatten(1, (count, self.tokens_per_row))  # [B, R, 8, D]
         if self.bands == "concat":
             return tokens.flatten(2)
@@ -159,10 +147,10 @@ def load_encoder(path: str | os.PathLike, bands: str = "concat") -> AudioJEPAEnc
 
 
 class Excerpts(IterableDataset):
-    """Recordings in excerpts: (recording, excerpt [excerpt_samples], samples of sound in it, is it
-    the last of the recording, error).
+    """Recordings in excerpts of [excerpt_samples]: (recording, excerpt, samples of sound in it,
+    error).
 
-    Each loader worker reads recordings of its own, from start to end.
+    Each loader worker reads recordings of its own, from start to end. An error ends a recording.
     """
 
     def __init__(self, files, excerpt_samples):
@@ -176,80 +164,70 @@ class Excerpts(IterableDataset):
             recordings = recordings[worker.id :: worker.num_workers]
         for i in recordings:
             try:
-                previous = None
                 for waveform in self.files.windows(i, self.excerpt_samples):
-                    if previous is not None:
-                        yield i, previous, self.excerpt_samples, False, ""
-                    previous = F.pad(waveform, (0, self.excerpt_samples - len(waveform)))
-                    sound = len(waveform)
-                yield i, previous, sound, True, ""
+                    padding = self.excerpt_samples - len(waveform)
+                    yield i, F.pad(waveform, (0, padding)), len(waveform), ""
             except UNREADABLE as error:
-                reason = str(error) or repr(error)
-                yield i, torch.zeros(self.excerpt_samples), 0, True, reason
+                yield i, torch.zeros(self.excerpt_samples), 0, str(error) or repr(error)
 
 
-class Embedded(NamedTuple):
-    """A recording that has been embedded."""
+class Recording:
+    """The rows of a recording, added up excerpt by excerpt. Only with `keep_rows` are they kept,
+    because those of a large data set would fill the memory."""
 
-    name: str
-    seconds: float
-    pooled: torch.Tensor  # [1, E], the mean of its rows; of a log-mel, mean and std
-    rows: torch.Tensor | None  # [R, E], if they are kept
+    def __init__(self, name, keep_rows):
+        self.name = name
+        self.keep_rows = keep_rows
+        self.rows = []  # [R, E] of each excerpt
+        self.duration = 0.0  # in rows
+        self.sum = 0.0  # of all rows, [E]
+
+    def add(self, rows, duration):
+        """`duration` of the rows [R, E] of an excerpt hold sound: 11.7 are 12 rows, the last of
+        which counts .7."""
+        rows = rows[: math.ceil(duration)]
+        weights = (duration - torch.arange(len(rows))).clamp(max=1)
+        self.duration += duration
+        self.sum += weights @ rows
+        if self.keep_rows:
+            self.rows.append(rows)
+
+    @property
+    def mean(self):
+        return self.sum / self.duration
 
 
-def embed(encoder, files, args, keep_rows) -> list[Embedded]:
-    """All recordings, in the order of `files`. Only with `keep_rows` are their rows kept, because
-    those of a large data set would fill the memory.
-
-    ValueError names a recording that cannot be used; --skip-bad leaves it out.
-    """
+def embed(encoder, files, args, keep_rows):
+    """A Recording of each, in the order of `files`. ValueError names one that cannot be used;
+    --skip-bad leaves it out."""
     dataset = Excerpts(files, encoder.excerpt_samples)
     loader = DataLoader(dataset, args.batch_size, num_workers=args.workers)
-    rows_so_far = defaultdict(list)
     embedded = {}
-    for recordings, excerpts, sound, is_last, errors in tqdm(loader, disable=None):
+    for recordings, excerpts, sound, errors in tqdm(loader, disable=None):
         rows = encoder.rows(excerpts.to(encoder.device), sound.to(encoder.device)).cpu()
+        durations = sound / encoder.samples_per_row
         for n, i in enumerate(recordings.tolist()):
-            name = files.name(i)
             if errors[n]:
-                message = f"{printable(name)}: {errors[n]}"
+                message = f"{files.name(i)}: {errors[n]}"
                 if not args.skip_bad:
                     raise ValueError(f"{message} (--skip-bad leaves such recordings out)")
                 tqdm.write(f"left out: {message}", file=sys.stderr)
-                continue
-            samples = sound[n].item()
-            count = math.ceil(samples / encoder.samples_per_row)
-            rows_so_far[i].append(rows[n, :count])
-            if is_last[n]:
-                rows_of_excerpts = rows_so_far.pop(i)
-                whole = torch.cat(rows_of_excerpts)
-                weights = torch.ones(len(whole))
-                # The last row counts by the share of it that holds sound.
-                weights[-1] = samples / encoder.samples_per_row - (count - 1)
-                pooled = mean_over_time(whole, weights)
-                if isinstance(encoder, LogMelBaseline):
-                    variance = mean_over_time((whole - pooled).square(), weights)
-                    pooled = torch.cat([pooled, variance.sqrt()], dim=1)
-                if not keep_rows:
-                    whole = None
-                total = (len(rows_of_excerpts) - 1) * encoder.excerpt_samples + samples
-                embedded[i] = Embedded(name, total / encoder.sampling_rate, pooled, whole)
+                embedded.pop(i, None)  # what came before the error
+            else:
+                recording = embedded.setdefault(i, Recording(files.name(i), keep_rows))
+                recording.add(rows[n], durations[n].item())
     if not embedded:
-        raise ValueError(f"{printable(args.data)}: none of its recordings can be used")
+        raise ValueError(f"{args.data}: none of its recordings can be used")
     return [embedded[i] for i in sorted(embedded)]
-
-
-def mean_over_time(rows, weights):
-    """[R, E] and [R] -> [1, E]"""
-    return (weights.unsqueeze(1) * rows).sum(0, keepdim=True) / weights.sum()
 
 
 def save_embeddings(args, encoder):
     files = AudioFiles(args.data, encoder.sampling_rate)
     recordings = embed(encoder, files, args, keep_rows=args.pool == "time")
-    blocks = [recording.pooled for recording in recordings]
+    blocks = [recording.mean.unsqueeze(0) for recording in recordings]
     if args.pool == "time":
-        blocks = [recording.rows for recording in recordings]
+        blocks = [torch.cat(recording.rows) for recording in recordings]
+    seconds_per_row = encoder.hop_size_in_ms / 1000
     config = {
         "model": vars(encoder.network.config),
         "log_mel": encoder.log_mel.config,
@@ -262,20 +240,19 @@ def save_embeddings(args, encoder):
             embeddings=torch.cat(blocks),
             offsets=np.cumsum([0] + [len(block) for block in blocks]),
             paths=[recording.name for recording in recordings],
-            seconds=[recording.seconds for recording in recordings],
+            seconds=[recording.duration * seconds_per_row for recording in recordings],
             sample_rate=encoder.sampling_rate,
             hop_ms=encoder.hop_size_in_ms,
             step=encoder.step,
             config=json.dumps(config),
         )
-    done = f"{len(recordings)} of {len(files)} recordings"
-    print(f"{printable(args.out)}: {done}, {args.pool} embeddings")
+    print(f"{args.out}: {len(recordings)} of {len(files)} recordings, {args.pool} embeddings")
 
 
 # ------------------------------------------------------------------------------------------------
 # Probes: what is a frozen embedding worth? Each is a function
 #
-#     (features, labels, fold) -> the class of each held-out recording
+#     (features, labels, fold) -> the class of each recording in fold.test
 #
 # features are embeddings [n, E], or for the attentive probe the rows [R, E] of each recording.
 
@@ -284,21 +261,17 @@ def save_embeddings(args, encoder):
 class Fold:
     """Which recordings are for what: indices, int64."""
 
-    train: torch.Tensor
-    inner_fold: torch.Tensor  # in which fold of a cross-validation is each of these?
-    valid: torch.Tensor  # to choose by instead of a cross-validation; may be empty
-    test: torch.Tensor
-
-    @property
-    def held_out(self):
-        return torch.cat([self.test, self.valid])
+    train: Tensor
+    inner_fold: Tensor  # in which fold of a cross-validation is each of these?
+    valid: Tensor  # to choose by instead of a cross-validation; may be empty
+    test: Tensor
 
 
 def knn(embeddings, labels, fold):
     """The vote of the 10 nearest training recordings by cosine, each weighing
     exp(similarity / 0.07). Every dimension is standardised on the training recordings first."""
     embeddings = F.normalize(standardise(embeddings, fold.train), dim=1)
-    similarity = embeddings[fold.held_out] @ embeddings[fold.train].T  # [held out, train]
+    similarity = embeddings[fold.test] @ embeddings[fold.train].T  # [test, train]
     nearest = similarity.topk(min(10, len(fold.train)), dim=1)
     weights = (nearest.values / 0.07).softmax(1)  # exp, up to a factor that all 10 share
     votes = weights.new_zeros(len(weights), int(labels.max()) + 1)
@@ -413,7 +386,7 @@ def linear(embeddings, labels, fold):
     features = decorrelate(embeddings, fold.train)
     penalty = choose_penalty(features, labels, fold)
     weight, bias = fit(features[fold.train], labels[fold.train], penalty)
-    return (features[fold.held_out] @ weight + bias).argmax(1)
+    return (features[fold.test] @ weight + bias).argmax(1)
 
 
 def attentive(rows, labels, fold):
@@ -434,18 +407,18 @@ def attentive(rows, labels, fold):
     penalty = choose_penalty(means, labels, fold)
     weight, bias = fit(means[fold.train], labels[fold.train], penalty)
 
-    # As in `fit`, L-BFGS sees weights that are divided by a scale.
+    # As in `fit`, L-BFGS sees features that are multiplied by a scale, and weights divided by it.
     scale = curvature_scale(means[fold.train], penalty)  # [J, 1]
-    scale_of_heads = scale.repeat(HEADS, 1)
+    recordings = [recording * scale.T for recording in recordings]
     generator = torch.Generator().manual_seed(0)
     query = 0.01 * torch.randn(len(scale), HEADS, generator=generator)  # [J, HEADS]
     weight = (weight / scale / HEADS).repeat(HEADS, 1)  # [HEADS x J, classes]
 
     def logits(stacked):
         """Of recordings with equally many rows [B, R, J]."""
-        attention = (stacked @ (query * scale)).softmax(1)  # [B, R, HEADS]
+        attention = (stacked @ query).softmax(1)  # [B, R, HEADS]
         attended = attention.mT @ stacked  # [B, HEADS, J]
-        return attended.flatten(1) @ (weight * scale_of_heads) + bias
+        return attended.flatten(1) @ weight + bias
 
     groups = []  # recordings with equally many rows are one tensor: their labels, [B, R, J]
     for length in lengths[fold.train].unique():
@@ -453,7 +426,7 @@ def attentive(rows, labels, fold):
         groups.append((labels[group], torch.stack([recordings[i] for i in group])))
 
     def loss():
-        weights = (weight * scale_of_heads).square().sum()
+        weights = (weight * scale.repeat(HEADS, 1)).square().sum()
         queries = QUERY_PENALTY * (query * scale).square().sum()
         total = penalty / 2 * (weights + queries)
         for answers, stacked in groups:
@@ -462,7 +435,7 @@ def attentive(rows, labels, fold):
         return total
 
     minimise(loss, [query, weight, bias], ATTENTIVE_ITERATIONS)
-    predictions = [logits(recordings[i].unsqueeze(0)).argmax(1) for i in fold.held_out]
+    predictions = [logits(recordings[i].unsqueeze(0)).argmax(1) for i in fold.test]
     return torch.cat(predictions)
 
 
@@ -471,19 +444,6 @@ PROBES = {"knn": knn, "linear": linear, "attentive": attentive}
 
 # ------------------------------------------------------------------------------------------------
 # Tasks and tables
-
-SPLIT_OF = {  # by the name of a folder
-    "train": "train",
-    "training": "train",
-    "valid": "valid",
-    "val": "valid",
-    "validation": "valid",
-    "dev": "valid",
-    "test": "test",
-    "testing": "test",
-    "eval": "test",
-    "evaluation": "test",
-}
 
 
 def five_folds(labels):
@@ -509,12 +469,11 @@ def read_task(data, names):
         "fold2/LABEL/* and so on, or LABEL/*, with two recordings or more of each LABEL"
     )
     paths = [name.split("/") for name in names]
-    tops = [path[0].lower().removesuffix(".tar") for path in paths]
-    splits = [SPLIT_OF.get(top) for top in tops]
-    has_splits = {"train", "test"} <= set(splits)
-    has_folds = all(top.startswith("fold") for top in tops)
-    all_are_splits = None not in splits
-    if all_are_splits != has_splits:  # folders beside train and test, or no test, for instance
+    groups = [path[0] for path in paths]
+    splits = {"train", "valid", "test"}
+    has_splits = {"train", "test"} <= set(groups) <= splits
+    has_folds = all(group.startswith("fold") for group in groups)
+    if not has_splits and splits & set(groups):  # one is missing, or others are beside them
         raise needed
     label = 0  # where it is in a path
     if has_splits or has_folds:
@@ -522,12 +481,7 @@ def read_task(data, names):
     if any(len(path) < label + 2 for path in paths):  # no folder for the label
         raise needed
     labels = numbered([path[label] for path in paths])
-
-    if has_splits:
-        groups = splits
-    elif has_folds:
-        groups = tops
-    else:
+    if label == 0:
         groups = [f"fold{number}" for number in five_folds(labels).tolist()]
     tested = sorted(set(groups))
     if len(labels.unique()) < 2 or len(tested) < 2:
@@ -575,27 +529,24 @@ def untrained(encoder):
 
 
 def accuracies(args, encoder):
-    """Embed a task and probe it -> the accuracy of each probe on the test recordings of all folds
-    (and on the valid ones, if any, which are there to choose by), labels, folds."""
+    """Embed a task and probe it -> the accuracy of each probe over the test recordings of all
+    folds, labels, folds."""
     files = AudioFiles(args.data, encoder.sampling_rate)
     names = [files.name(i) for i in range(len(files))]
     read_task(args.data, names)  # so that a wrong task is refused before the work
-    recordings = embed(encoder, files, args, keep_rows="attentive" in args.probe)
+    is_log_mel = isinstance(encoder, LogMelBaseline)
+    recordings = embed(encoder, files, args, keep_rows=is_log_mel or "attentive" in args.probe)
     labels, folds = read_task(args.data, [recording.name for recording in recordings])
-    embeddings = torch.cat([recording.pooled for recording in recordings])
-    rows = [recording.rows for recording in recordings]
+    rows = [torch.cat(recording.rows) for recording in recordings if recording.rows]
+    embeddings = torch.stack([recording.mean for recording in recordings])
+    if is_log_mel:
+        stds = torch.stack([frames.std(0, correction=0) for frames in rows])
+        embeddings = torch.cat([embeddings, stds], dim=1)
     result = {}
     for name in args.probe:
         features = rows if name == "attentive" else embeddings
-        right = []
-        for fold in folds:
-            right.append(PROBES[name](features, labels, fold) == labels[fold.held_out])
-        right = torch.cat(right).double()
-        # Where there are valid recordings, there is one fold, and they come after the test.
-        tests = len(right) - len(folds[0].valid)
-        result[name] = right[:tests].mean().item()
-        if tests < len(right):
-            result[f"{name} valid"] = right[tests:].mean().item()
+        right = [PROBES[name](features, labels, fold) == labels[fold.test] for fold in folds]
+        result[name] = torch.cat(right).double().mean().item()
     return result, labels, folds
 
 
@@ -604,31 +555,25 @@ def run_probes(args, encoders):
     untrained. Prints each line of the table as soon as it is known, and writes all to --json."""
     first = encoders[args.checkpoints[0]]
     encoders = {"log-mel": LogMelBaseline(first), "untrained": untrained(first)} | encoders
-    widest = max(len(printable(name)) for name in encoders)
     table = {}
     for name, encoder in encoders.items():
         result, labels, folds = accuracies(args, encoder)
         tested = sum(len(fold.test) for fold in folds)
-        valid = len(folds[0].valid)
         if not table:
             commonest = sum(labels[fold.test].bincount().max().item() for fold in folds)
             header = {
-                "data": printable(args.data),
-                "classes": int(labels.max()) + 1,
+                "classes": len(labels.unique()),
                 "folds": len(folds),
-                "train": len(folds[0].train),
-                "valid": valid,
                 "test": tested,
                 "chance": round(commonest / tested, 3),  # of the commonest class as the only answer
             }
             print("  ".join(f"{key} {value}" for key, value in header.items()))
-        table[printable(name)] = result
-        cells = [printable(name).ljust(widest)]
+        table[name] = result
+        line = ""
         for probe, accuracy in result.items():
-            number = valid if probe.endswith("valid") else tested
-            error = math.sqrt(accuracy * (1 - accuracy) / number)  # binomial standard error
-            cells.append(f"{probe} {accuracy:.3f} +- {error:.3f}")
-        print("   ".join(cells), flush=True)
+            error = math.sqrt(accuracy * (1 - accuracy) / tested)  # binomial standard error
+            line += f"{probe} {accuracy:.3f} +- {error:.3f}   "
+        print(line + name, flush=True)
     if args.json:
         with whole_file(args.json) as file:
             file.write(json.dumps(header | {"accuracy": table}).encode())
@@ -681,9 +626,8 @@ def from_authors(theirs):
         if network == "target_encoder":
             target[name] = tensor
     dim = len(target["patch_embed.weight"])
-    hidden = len(target["blocks.0.mlp.fc1.weight"])
     depth = len([name for name in target if name.endswith("attn.qkv.weight")])
-    config = JEPAConfig(dim=dim, depth=depth, heads=dim // 64, mlp_ratio=hidden / dim)
+    config = JEPAConfig(dim=dim, depth=depth, heads=dim // 64)
     return {
         "config": {"model": vars(config), "log_mel": None},
         "settings": {"amp": "off"},
@@ -719,8 +663,8 @@ class AuthorsLogMel(LogMel):
 
 def try_to_write(path):
     """OSError: `path` cannot be written. Better said before the work than after it."""
-    if path == "" or os.path.isdir(path):
-        raise OSError(f"{path}: it must be a file in a folder that exists")
+    if os.path.isdir(path):
+        raise OSError(f"{path}: is a folder, but must be a file")
     temporary = f"{path}.tmp"  # of whole_file
     open(temporary, "wb").close()
     os.remove(temporary)
@@ -771,12 +715,10 @@ def parse_args(argv):
         parser.error("--pool time goes with --out: a probe has one row a recording")
     if args.json is not None and not args.probe:
         parser.error("--json goes with --probe")
-    if launched_processes().count > 1:
-        parser.error("extract.py runs in one process")
     return args
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv=None):
     args = parse_args(argv)
     try:
         for path in (args.out, args.json):
@@ -794,9 +736,6 @@ def main(argv: list[str] | None = None) -> None:
             save_embeddings(args, encoder)
     except (OSError, ValueError) as error:
         fail(error)
-    except RuntimeError as error:
-        fail_if_worker_died(error)
-        raise
 
 
 if __name__ == "__main__":

@@ -21,12 +21,12 @@ import math
 import random
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def random_mask(
     batch_size: int, grid: tuple[int, int], num_masked: int, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Mask `num_masked` patches of each clip, drawn uniformly and anew for every clip.
 
     This is the paper's masking. grid = (time, mel) in patches -> (context_idx [B, N - num_masked],
@@ -40,7 +40,7 @@ def random_mask(
 
 def block_mask(
     batch_size: int, grid: tuple[int, int], num_masked: int, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Mask rectangles of patches, as I-JEPA does. The paper found it worse (sec. IV.A).
 
     Takes and returns what `random_mask` does. Rectangles of 15 to 20 % of the grid are laid over
@@ -85,7 +85,7 @@ def block_mask(
 MASKS = {"random": random_mask, "block": block_mask}
 
 
-def mask_lowest(scores: torch.Tensor, num_masked: int) -> tuple[torch.Tensor, torch.Tensor]:
+def mask_lowest(scores: Tensor, num_masked: int) -> tuple[Tensor, Tensor]:
     """Mask the `num_masked` patches of lowest score [B, N] -> (context_idx, target_idx)."""
     num_patches = scores.shape[1]
     if not 0 < num_masked < num_patches:
@@ -104,7 +104,7 @@ def draw_masks(
     grid: tuple[int, int],
     mask_ratio: tuple[float, float],
     device: torch.device | str,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """The masks of one step's batch -> (context_idx [B, C], target_idx [B, M]).
 
     `mask_fn` is one of MASKS. The masked ratio is drawn once a step from U(mask_ratio)
@@ -140,15 +140,11 @@ def update_ema(target: nn.Module, context: nn.Module, decay: float) -> None:
     if target_state.keys() != context_state.keys():
         different = sorted(target_state.keys() ^ context_state.keys())
         raise ValueError(f"the two encoders differ in {different}")
-    targets = []
-    contexts = []
     for name, tensor in target_state.items():
         if tensor.is_floating_point():
-            targets.append(tensor)
-            contexts.append(context_state[name])
+            tensor.lerp_(context_state[name], 1 - decay)
         else:
             tensor.copy_(context_state[name])  # counters cannot be averaged
-    torch._foreach_lerp_(targets, contexts, 1 - decay)  # lerp_ of each, in few kernels on a GPU
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,17 +45,17 @@ class JEPAConfig:
     positions: str = "sincos"  # added to the tokens; "rotary" rotates queries and keys
 
     def __post_init__(self):
-        must_divide = [
-            ("time_bins", self.patch_size[0], "frames of a patch"),
-            ("mel_bins", self.patch_size[1], "bands of a patch"),
+        must_divide = {
+            "time_bins": self.patch_size[0],
+            "mel_bins": self.patch_size[1],
             # Rotary positions rotate pairs of features (x 2) along two axes (x 2) in each head.
-            ("dim", 4 * self.heads, "= 4 x heads"),
-            ("predictor_dim", 4 * self.predictor_heads, "= 4 x heads of the predictor"),
-        ]
-        for name, divisor, what in must_divide:
+            "dim": 4 * self.heads,
+            "predictor_dim": 4 * self.predictor_heads,
+        }
+        for name, divisor in must_divide.items():
             size = getattr(self, name)
             if size % divisor != 0:
-                raise ValueError(f"{name} = {size} is not a multiple of the {divisor} {what}")
+                raise ValueError(f"{name} = {size}: a multiple of {divisor} is needed")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -77,7 +77,7 @@ PRESETS = {
 }
 
 
-def gather_tokens(tokens: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
+def gather_tokens(tokens: Tensor, idx: Tensor) -> Tensor:
     """Pick tokens of each clip by their index: tokens [B, N, D], idx [B, L] -> [B, L, D]."""
     width = tokens.shape[-1]
     return tokens.gather(1, idx.unsqueeze(-1).expand(-1, -1, width))
@@ -158,7 +158,7 @@ def init_weights(network: nn.Module) -> None:
         block.mlp.fc2.weight /= math.sqrt(2 * i)
 
 
-def run_blocks(network: nn.Module, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def run_blocks(network: nn.Module, tokens: Tensor, positions: Tensor) -> Tensor:
     """Tokens [B, L, D] through all blocks of an encoder or a predictor -> [B, L, D].
 
     `positions` holds the row of the network's position table for each token. A sin-cos row, as wide
@@ -259,12 +259,12 @@ class Predictor(nn.Module):
 # both, because AdamW divides each gradient by its own size.
 
 
-def l2_loss(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def l2_loss(predictions: Tensor, targets: Tensor) -> Tensor:
     """Eq. (2): the squared distance between a prediction and its target."""
     return (predictions - targets).square().sum(-1).mean()
 
 
-def cosine_loss(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def cosine_loss(predictions: Tensor, targets: Tensor) -> Tensor:
     """2 - 2 cos: the loss of the authors' released code."""
     return (2 - 2 * F.cosine_similarity(predictions, targets, dim=-1)).mean()
 
@@ -272,7 +272,7 @@ def cosine_loss(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tenso
 LOSSES = {"l2": l2_loss, "cosine": cosine_loss}
 
 
-def normalise_targets(targets: torch.Tensor, within: str = "token") -> torch.Tensor:
+def normalise_targets(targets: Tensor, within: str = "token") -> Tensor:
     """Give the targets mean 0 and variance 1: [B, N, D] -> [B, N, D], fp32.
 
     Without normalisation, the encoder's last LayerNorm could learn a smaller and smaller scale. The
@@ -319,16 +319,14 @@ class JEPA(nn.Module):
 # The method ends here. What follows are the positions, and a table of sizes.
 
 
-def position_table(config: JEPAConfig, dim: int, heads: int) -> torch.Tensor:
+def position_table(config: JEPAConfig, dim: int, heads: int) -> Tensor:
     """The table of a network that is `dim` wide: a row for each patch."""
-    if config.positions == "sincos":
-        return sincos_positions(dim, config.grid)
     if config.positions == "rotary":
         return rotary_positions(dim // heads, config.grid)
-    raise ValueError(f"positions {config.positions}: sincos or rotary is needed")
+    return sincos_positions(dim, config.grid)
 
 
-def sincos_positions(dim: int, grid: tuple[int, int]) -> torch.Tensor:
+def sincos_positions(dim: int, grid: tuple[int, int]) -> Tensor:
     """Fixed 2-D sin-cos table -> [N, dim], to be added to tokens (sec. IV.B).
 
     The first half of the width holds sines, then cosines, of the mel angles; the second half holds
@@ -338,7 +336,7 @@ def sincos_positions(dim: int, grid: tuple[int, int]) -> torch.Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=2).flatten(1).float()
 
 
-def rotary_positions(dim: int, grid: tuple[int, int]) -> torch.Tensor:
+def rotary_positions(dim: int, grid: tuple[int, int]) -> Tensor:
     """Fixed 2-D rotary table -> [N, dim], for `rotate`: dim / 2 sines, then their cosines.
 
     The base is 100 because an axis has tens of patches: angles that grow by less than 1 / 100 from
@@ -348,7 +346,7 @@ def rotary_positions(dim: int, grid: tuple[int, int]) -> torch.Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=1).float()
 
 
-def patch_angles(dim: int, grid: tuple[int, int], base: float) -> torch.Tensor:
+def patch_angles(dim: int, grid: tuple[int, int], base: float) -> Tensor:
     """The mel and time index of each patch, times dim / 4 frequencies -> [N, 2, dim / 4], radians.
 
     Patches are numbered t * mel_patches + f. The axis of 2 is mel, then time, as in the authors'
@@ -362,7 +360,7 @@ def patch_angles(dim: int, grid: tuple[int, int], base: float) -> torch.Tensor:
     return index.unsqueeze(2) * frequencies
 
 
-def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Rotary positions (RoFormer, arXiv 2104.09864) along two axes (sec. VII, point 2).
 
     x [B, H, L, d], queries or keys of width d = D / H; rotation [B, L, d] or [L, d], their rows of
@@ -374,9 +372,8 @@ def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     direction, but not on where they are. The network is never told the mel band of a patch: it has
     to infer it from the sound, or from the missing neighbours at the edges.
     """
-    rotation = rotation.to(x.dtype).unsqueeze(
-        -3
-    )  # [B, 1, L, d] or [1, L, d]: the same for all heads
+    # The same for all heads: [B, 1, L, d] or [1, L, d].
+    rotation = rotation.to(x.dtype).unsqueeze(-3)
     sin, cos = rotation.chunk(2, dim=-1)  # each [..., L, d / 2]
     a, b = x.chunk(2, dim=-1)  # [B, H, L, d / 2]
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)

@@ -21,7 +21,6 @@ import contextlib
 import copy
 import dataclasses
 import math
-import multiprocessing
 import os
 import signal
 import sys
@@ -32,7 +31,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (
@@ -103,11 +102,11 @@ class StepResult:
 
     loss: float  # mean over the clips of this process
     grad_norm: float  # over all processes; NaN or Inf: the step was skipped
-    targets: list[torch.Tensor]  # [B, N, D] of each micro-batch, from the target encoder
-    target_idx: list[torch.Tensor]  # [B K, M] of each micro-batch; masks of a clip are neighbours
+    targets: list[Tensor]  # [B, N, D] of each micro-batch, from the target encoder
+    target_idx: list[Tensor]  # [B K, M] of each micro-batch; masks of a clip are neighbours
 
 
-def train_step(run: Run, step: int, clips: list[torch.Tensor]) -> StepResult:
+def train_step(run: Run, step: int, clips: list[Tensor]) -> StepResult:
     """One optimizer step; `clips` are the micro-batches of this process, from the loader."""
     args = run.args
     result = StepResult(loss=0.0, grad_norm=math.nan, targets=[], target_idx=[])
@@ -203,9 +202,6 @@ def main(argv=None):
         train(args, StopSignals())
     except OSError as error:  # a full disk, for instance
         fail(error, 1)
-    except RuntimeError as error:
-        fail_if_worker_died(error)
-        raise
 
 
 def train(args, stop):
@@ -320,17 +316,16 @@ def train(args, stop):
             break
 
     if processes.is_first:
-        path = printable(last)
-        say(f"{progress.step} of {args.steps} steps done, saved in {path}")
+        say(f"{progress.step} of {args.steps} steps done, saved in {last}")
         if progress.step == args.steps:
-            say(f"embed your sounds: python extract.py {path} YOUR/FOLDER --out embeddings.npz")
+            say(f"embed your sounds: python extract.py {last} YOUR/FOLDER --out embeddings.npz")
             if args.data is None:
                 flags = "--recipe small --data YOUR/FOLDER --out runs/mine"  # as in the README
                 say(f"train on them: python train.py {flags}")
     disconnect()
 
 
-def build_run(args, config, log_mel, processes, device, precision) -> Run:
+def build_run(args, config, log_mel, processes, device, precision):
     """Networks and optimizer of a new run. Every process draws the same weights."""
     torch.manual_seed(args.seed)
     model = JEPA(config, args.loss, args.target_norm).to(device)
@@ -349,12 +344,13 @@ def build_run(args, config, log_mel, processes, device, precision) -> Run:
             gradient_as_bucket_view=True,  # saves a copy of all gradients
         )
     # AdamW (sec. IV.C). Biases, norms and the mask token have one dimension, and no decay.
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [
-        {"params": matrices, "weight_decay": args.weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {"params": [p for p in model.parameters() if p.ndim > 1]},
+        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    optimizer = torch.optim.AdamW(
+        groups, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
+    )
     return Run(
         args=args,
         device=device,
@@ -364,7 +360,7 @@ def build_run(args, config, log_mel, processes, device, precision) -> Run:
         model=model,
         ddp_model=ddp_model,
         target_encoder=target_encoder,
-        optimizer=torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True),
+        optimizer=optimizer,
         scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
     )
 
@@ -377,7 +373,7 @@ def build_run(args, config, log_mel, processes, device, precision) -> Run:
 
 
 @torch.no_grad()
-def monitors(targets: torch.Tensor) -> dict[str, float]:
+def monitors(targets):
     """Collapse diagnostics of the targets [B, N, D] of all processes.
 
     In a collapse the first three fall, and mostly the last rises towards 1; the first two may
@@ -410,7 +406,7 @@ def monitors(targets: torch.Tensor) -> dict[str, float]:
 
 
 @torch.no_grad()
-def explained(jepa: JEPA, loss: float, targets: torch.Tensor, target_idx: torch.Tensor) -> float:
+def explained(jepa, loss, targets, target_idx):
     """1 - loss / blind loss: the share of the targets' variance that is predicted.
 
     A blind predictor hears nothing: it predicts the mean target of each position over the batch of
@@ -447,12 +443,10 @@ def log_line(run, progress, interval, result, num_clips):
         "explained": explained(run.model, interval.losses[-1], targets_of_masks, target_idx),
         "lr": learning_rate(step, args.steps, args.lr, args.warmup),
         "ema_decay": ema_decay(step, args.steps, args.ema, args.ema_end),
-        "masked": target_idx.shape[1],
         "grad_norm": result.grad_norm,
         **monitors(targets),
         "clips_per_s": clips / interval.seconds,
         "data_wait": interval.waited / interval.seconds,
-        "memory_gib": torch.cuda.max_memory_allocated() / 2**30,  # the most so far, of a GPU
         "bad_files": progress.bad,
         "skipped": progress.skipped,
     }
@@ -472,24 +466,19 @@ def write_line(path, line):
 
 
 def say(text):
-    """Print above the progress bar, and at once, because a log is read while it is written. A run
-    goes on when its reader goes away."""
-    try:
-        tqdm.write(text)
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Print above the progress bar, and at once, because a log is read while it is written."""
+    tqdm.write(text)
+    sys.stdout.flush()
 
 
 def cut_log(path, step):
-    """Drop the lines of steps that will be logged again, and half a line at the end."""
+    """Drop the lines of steps that will be logged again."""
     kept = []
     for line in path.read_text().splitlines(keepends=True):
         first = line.split(",")[0]
-        if line.endswith("\n") and (first == "step" or float(first) <= step):
+        if first == "step" or int(first) <= step:
             kept.append(line)
-    with whole_file(path) as file:
-        file.write("".join(kept).encode())
+    path.write_text("".join(kept))
 
 
 # ---- Settings and checkpoints
@@ -497,11 +486,8 @@ def cut_log(path, step):
 
 def config_of(args):
     """The preset, and what the flags change in it."""
-    return dataclasses.replace(
-        PRESETS[args.model],
-        time_bins=round(args.clip_seconds * FRAMES_PER_SECOND),
-        positions=args.positions,
-    )
+    time_bins = round(args.clip_seconds * FRAMES_PER_SECOND)
+    return dataclasses.replace(PRESETS[args.model], time_bins=time_bins, positions=args.positions)
 
 
 # The flags that define a run, besides --data and --amp: a run is resumed only with the same values.
@@ -677,7 +663,7 @@ class Processes:
     local_count: int = 1
 
     @property
-    def is_first(self) -> bool:
+    def is_first(self):
         return self.rank == 0
 
 
@@ -741,11 +727,7 @@ def refuse_disagreement(settings):
 
 
 class StopSignals:
-    """SIGTERM and SIGINT (Ctrl-C) ask a run to finish its step, save and end.
-
-    A second signal ends it at once, in case it hangs; but not within 5 seconds, because torchrun
-    passes on signals that its processes have received already.
-    """
+    """SIGTERM and SIGINT (Ctrl-C) ask a run to finish its step, save and end."""
 
     def __init__(self):
         self.requested = False
@@ -753,15 +735,8 @@ class StopSignals:
             signal.signal(number, self.handle)
 
     def handle(self, number, frame):
-        if not self.requested:
-            self.requested = True
-            self.at_once_from = time.monotonic() + 5
-            with contextlib.suppress(OSError):  # the terminal may be gone
-                os.write(2, b"\nstopping after this step; a signal after 5 s stops at once\n")
-        elif time.monotonic() > self.at_once_from:
-            for worker in multiprocessing.active_children():
-                worker.kill()
-            os._exit(128 + number)
+        self.requested = True
+        os.write(2, b"\nstopping after this step\n")
 
 
 # ---- Flags
@@ -769,17 +744,9 @@ class StopSignals:
 
 def fail(message, code=2):
     """Print one line on stderr and exit. An error from a loader's worker ends with that line."""
-    line = str(message).strip().rpartition("\n")[2]
-    if "RANK" in os.environ:
-        line = f"process {os.environ['RANK']}: {line}"
-    print(f"error: {line}", file=sys.stderr)
+    last_line = str(message).strip().rpartition("\n")[2]
+    print(f"error: {last_line}", file=sys.stderr)
     sys.exit(code)
-
-
-def fail_if_worker_died(error):
-    """A DataLoader reports this as a RuntimeError like any other."""
-    if "DataLoader worker" in str(error):
-        fail(f"{error} (mostly for lack of memory: fewer --workers need less)", 1)
 
 
 class OneLineParser(argparse.ArgumentParser):
