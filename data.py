@@ -313,7 +313,7 @@ class Clips(Dataset):
             except UNREADABLE as error:
                 bad.append((name, str(error)))
             if len(bad) == 10 and not excerpts:
-                last = printable(": ".join(bad[-1]))
+                last = ": ".join(bad[-1])
                 raise OSError(f"ten recordings in a row cannot be used, at last {last}")
             i = rng.randrange(len(self))
         reads = len(excerpts) + len(bad)
@@ -577,8 +577,10 @@ def whole_file(path):
             os.fsync(file.fileno())  # or a power cut could leave the new name on an empty file
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        cause = error.__context__ or error  # torch.save hides the disk's error behind its own
-        raise OSError(f"cannot write {path}: {cause}; what was there before is kept") from error
+        # torch.save hides the disk's error behind its own.
+        raise OSError(
+            f"cannot write {path}: {error.__context__ or error}; what was there before is kept"
+        ) from error
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)

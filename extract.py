@@ -129,6 +129,8 @@ class AudioJEPAEncoder(nn.Module):
         num_tokens = count * self.tokens_per_row
         context_idx = torch.arange(num_tokens, device=self.device).expand(len(spectrogram), -1)
         precision = PRECISIONS[self.amp]
+        if self.amp == "fp16" and self.device.type == "cpu":
+            precision = torch.float32  # fp16 takes 25 times as long there
         with torch.autocast(self.device.type, precision, precision != torch.float32):
             tokens = self.network(spectrogram, context_idx)  # [B, N, D], time-major
         tokens = tokens.float().unflatten(1, (count, self.tokens_per_row))  # [B, R, 8, D]
@@ -180,21 +182,17 @@ class Recording:
         self.keep_rows = keep_rows
         self.rows = []  # [R, E] of each excerpt
         self.duration = 0.0  # in rows
-        self.sum = 0.0  # of all rows, [E]
+        self.sum = 0.0  # of all rows, [1, E]
 
     def add(self, rows, duration):
         """`duration` of the rows [R, E] of an excerpt hold sound: 11.7 are 12 rows, the last of
         which counts .7."""
         rows = rows[: math.ceil(duration)]
-        weights = (duration - torch.arange(len(rows))).clamp(max=1)
+        weights = (duration - torch.arange(len(rows))).clamp(max=1).unsqueeze(0)
         self.duration += duration
         self.sum += weights @ rows
         if self.keep_rows:
             self.rows.append(rows)
-
-    @property
-    def mean(self):
-        return self.sum / self.duration
 
 
 def embed(encoder, files, args, keep_rows):
@@ -224,9 +222,10 @@ def embed(encoder, files, args, keep_rows):
 def save_embeddings(args, encoder):
     files = AudioFiles(args.data, encoder.sampling_rate)
     recordings = embed(encoder, files, args, keep_rows=args.pool == "time")
-    blocks = [recording.mean.unsqueeze(0) for recording in recordings]
     if args.pool == "time":
-        blocks = [torch.cat(recording.rows) for recording in recordings]
+        blocks = [torch.cat(recording.rows) for recording in recordings]  # [R, E] of each
+    else:
+        blocks = [recording.sum / recording.duration for recording in recordings]  # [1, E]
     seconds_per_row = encoder.hop_size_in_ms / 1000
     config = {
         "model": vars(encoder.network.config),
@@ -532,13 +531,13 @@ def accuracies(args, encoder):
     """Embed a task and probe it -> the accuracy of each probe over the test recordings of all
     folds, labels, folds."""
     files = AudioFiles(args.data, encoder.sampling_rate)
-    names = [files.name(i) for i in range(len(files))]
-    read_task(args.data, names)  # so that a wrong task is refused before the work
+    # So that a wrong task is refused before the work.
+    read_task(args.data, [files.name(i) for i in range(len(files))])
     is_log_mel = isinstance(encoder, LogMelBaseline)
     recordings = embed(encoder, files, args, keep_rows=is_log_mel or "attentive" in args.probe)
     labels, folds = read_task(args.data, [recording.name for recording in recordings])
     rows = [torch.cat(recording.rows) for recording in recordings if recording.rows]
-    embeddings = torch.stack([recording.mean for recording in recordings])
+    embeddings = torch.cat([recording.sum / recording.duration for recording in recordings])
     if is_log_mel:
         stds = torch.stack([frames.std(0, correction=0) for frames in rows])
         embeddings = torch.cat([embeddings, stds], dim=1)
