@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: MIT
 """Audio in, log-mel spectrograms out (sec. IV.A). How a batch travels from the disk to the loss:
 
-    clip_order                  which clips a process reads for each step
-    Batches, in the workers:
-        Clips.read              one clip: an excerpt, filled up with further recordings
-        AudioFiles.excerpt      open, decode, resampler
-    train_step, in train.py:
-        draw_masks              random_mask and mask_lowest, in masking.py
-        LogMel                  frames; waveforms [B, samples] -> [B, 1, T, F], on the GPU
-        VisionTransformer       patchify, run_blocks, Block, Attention, rotate, MLP, in model.py
-        JEPA                    gather_tokens, Predictor, normalise_targets, l2_loss, in model.py
+    clip_order                      which clips a process reads for each step
+    clip_loader                     runs Batches in worker processes, which reads
+        Clips.read                  one clip: an excerpt, filled up with further recordings
+            AudioFiles.excerpt      open, decode and resample
+    train_step, in train.py
+        draw_masks                  random_mask and mask_lowest, in masking.py
+        LogMel                      waveforms -> frames -> spectrogram [B, 1, T, F], on the GPU
+        target_encoder              VisionTransformer: patchify, run_blocks, Block, Attention, MLP
+        JEPA.forward                in model.py
+            context_encoder         the same, for the visible patches: gather_tokens
+            predictor               Predictor, with blocks of its own
+            normalise_targets       and l2_loss
 
 A recording is a file, or a member of a tar, of any length. A clip is what training sees: 10 s,
 or --clip-seconds.
@@ -119,20 +122,21 @@ class LogMel(nn.Module):
         x = x - x.mean(dim=2, keepdim=True)
         # Pre-emphasis. This drops the first sample, where the window is 0 anyway.
         x = x[..., 1:] - 0.97 * x[..., :-1]
-        spectrum = torch.fft.rfft(x * self.window[1:].float(), n=self.fft_length)
+        spectrum = torch.fft.rfft(x * self.window[1:], n=self.fft_length)
         power = spectrum.real.square() + spectrum.imag.square()  # [B, T, fft / 2 + 1]
-        mel = power[..., :-1] @ self.filters.float()  # [B, T, F]; Kaldi leaves the last bin out
+        mel = power[..., :-1] @ self.filters  # [B, T, F]; Kaldi leaves the last bin out
         return mel.clamp(min=FLOOR).log()
 
     def forward(self, clips):
         # In fp32, because powers overflow fp16 and bf16 cannot tell them apart.
         with torch.autocast(clips.device.type, enabled=False):
-            log_mels = clips.float()
+            log_mels = clips.float()  # if they are packed
             if clips.ndim == 2:
+                waveforms = clips.float()
                 at_once = len(clips)
                 if clips.device.type == "cpu":
                     at_once = 1  # which fits in cache
-                log_mels = torch.cat([self.frames(chunk) for chunk in log_mels.split(at_once)])
+                log_mels = torch.cat([self.frames(chunk) for chunk in waveforms.split(at_once)])
             normalised = (log_mels - self.mean) / self.std
             return normalised.unsqueeze(1)
 
@@ -186,7 +190,7 @@ class AudioFiles(Source):
 
     def open(self, i):
         name, *member = self.entries[i].split(b"\0")
-        # The extension of the path helps libsndfile to find where an MP3 starts.
+        # A path rather than an open file, because libsndfile needs the extension of some MP3s.
         file = os.path.join(self.root, name)
         if member:
             shard, offset, size = member
@@ -201,11 +205,11 @@ class AudioFiles(Source):
     def excerpt(self, i, length, rng):
         with self.open(i) as sound:
             rate = sound.samplerate
-            promised = sound.frames  # samples, by the header
+            total = sound.frames  # samples, by the header
             count = math.ceil(length * rate / self.rate)
-            latest = max(promised - count, 0)
+            latest = max(total - count, 0)
             waveform = decode(sound, int(rng.uniform(0, latest + 1)), count)
-        if len(waveform) < count < promised:
+        if len(waveform) < count < total:
             # The header promises more than there is, or the file is a stream of unknown length:
             # take its beginning.
             with self.open(i) as sound:
@@ -301,18 +305,21 @@ class Clips(Dataset):
         rng = random.Random(f"clip {i} of epoch {epoch}, seed {self.seed}")
         excerpts = []
         bad = []
+        failures = 0  # in a row
         missing = self.length
         while missing >= self.shortest_fill:
-            name = self.source.name(i)  # IndexError past the end, so that `for clip in clips` ends
+            name = self.source.name(i)  # IndexError past the end, which ends `for clip in clips`
             try:
                 excerpt = self.source.excerpt(i, missing, rng)
                 if len(excerpt) == 0:
                     raise ValueError(NOTHING)
                 excerpts.append(excerpt)
                 missing -= len(excerpt)
+                failures = 0
             except UNREADABLE as error:
                 bad.append((name, str(error)))
-            if len(bad) == 10 and not excerpts:
+                failures += 1
+            if failures == 10:
                 last = ": ".join(bad[-1])
                 raise OSError(f"ten recordings in a row cannot be used, at last {last}")
             i = rng.randrange(len(self))
@@ -325,7 +332,7 @@ class Clips(Dataset):
 class AudioClips(Clips):
     """Clips of a folder, a list, tar shards or a packed folder.
 
-    -> waveforms [samples], float32, or of a packed folder log-mel frames [T, F], fp16.
+    -> waveforms [samples], float32; from a packed folder, log-mel frames [T, F], fp16.
     ValueError says what is wrong with the path.
     """
 
@@ -408,6 +415,10 @@ def clip_loader(clips, order, workers):
     )
 
 
+# ------------------------------------------------------------------------------------------------
+# The method ends here. What follows protects the workers from signals, and finds and decodes audio.
+
+
 def ignore_signals(_):
     """Ctrl-C and Slurm signal all processes of a run. Workers must ignore these signals, because
     the main process needs them to finish its step. They obey a SIGTERM of the main process."""
@@ -423,9 +434,6 @@ def obey_the_main_process():
         sender = signal.sigwaitinfo([signal.SIGTERM]).si_pid
     os._exit(0)
 
-
-# ------------------------------------------------------------------------------------------------
-# The method ends here. What follows finds and decodes audio.
 
 AUDIO = tuple(b".wav .flac .ogg .oga .opus .mp3 .aiff .aif .aifc .au .caf .rf64 .sph .w64".split())
 USAGE = (
@@ -517,7 +525,8 @@ def printable(name):
 
 class Sound(soundfile.SoundFile):
     def seekable(self):
-        """Or soundfile would seek after each read, which leaves 60 ms of silence in an MP3."""
+        """Claim that it is not, because soundfile seeks after each read of a file that is, and in
+        an MP3 that leaves 60 ms of silence."""
         return False
 
 
@@ -532,7 +541,7 @@ def decode(sound, skip, count):
         try:
             sound.seek(skip, os.SEEK_CUR)
             skip = 0
-        except RuntimeError:  # the file is cut, or its format cannot seek
+        except RuntimeError:  # the file ends before, or its format cannot seek
             return torch.empty(0)
     samples = torch.full((skip + count, sound.channels), torch.nan)
     try:
@@ -662,8 +671,8 @@ def all_frames(log_mel, files, i):
 def pack(files, out):
     """Write the log-mel frames of all recordings into one file, and an index into another: of each
     recording its name, that file, its first frame, and the number of its frames."""
-    os.makedirs(out)
     work = functools.partial(all_frames, LogMel(files.rate))
+    os.makedirs(out)
     entries = []
     total = 0
     with whole_file(os.path.join(out, "frames.f16")) as file:

@@ -100,24 +100,23 @@ class AudioJEPAEncoder(nn.Module):
         if lengths is None:
             # Count the zeros at the end. argmax gives the first maximum: 0 where all samples are
             # zeros, which is digital silence and no padding.
-            zeros = (waveform != 0).int().flip(1).argmax(1)
-            lengths = samples - zeros
+            trailing_zeros = (waveform != 0).int().flip(1).argmax(1)
+            lengths = samples - trailing_zeros
         lengths = lengths.to(self.device)
         padded = F.pad(waveform, (0, -samples % self.excerpt_samples))
         rows = []
         for start in range(0, samples, self.excerpt_samples):
             excerpts = padded[:, start : start + self.excerpt_samples]
-            sound = (lengths - start).clamp(0, self.excerpt_samples)
-            rows.append(self.rows(excerpts, sound))
+            rows.append(self.rows(excerpts, (lengths - start).clamp(0, self.excerpt_samples)))
         rows = torch.cat(rows, dim=1)
         return rows[:, : math.ceil(samples / self.samples_per_row)]
 
-    def rows(self, excerpts, sound):
-        """Excerpts [B, excerpt_samples], the first `sound` [B] samples of which are no padding
-        -> their rows [B, R, output_dim]. Rows without sound are 0, and no other row attends to
-        them."""
+    def rows(self, excerpts, lengths):
+        """Excerpts [B, excerpt_samples], of which the first `lengths` [B] samples are sound and the
+        others padding -> their rows [B, R, output_dim]. Rows without sound are 0, and no other row
+        attends to them."""
         spectrogram = self.log_mel(excerpts)
-        counts = (sound / self.samples_per_row).ceil().int()
+        counts = (lengths / self.samples_per_row).ceil().int()
         rows = spectrogram.new_zeros(len(excerpts), self.rows_per_excerpt, self.output_dim)
         for count in counts[counts > 0].unique().tolist():
             same_count = counts == count
@@ -131,7 +130,7 @@ class AudioJEPAEncoder(nn.Module):
         precision = PRECISIONS[self.amp]
         if self.amp == "fp16" and self.device.type == "cpu":
             precision = torch.float32  # fp16 takes 25 times as long there
-        with torch.autocast(self.device.type, precision, precision != torch.float32):
+        with torch.autocast(self.device.type, dtype=precision, enabled=precision != torch.float32):
             tokens = self.network(spectrogram, context_idx)  # [B, N, D], time-major
         tokens = tokens.float().unflatten(1, (count, self.tokens_per_row))  # [B, R, 8, D]
         if self.bands == "concat":
@@ -149,8 +148,8 @@ def load_encoder(path: str | os.PathLike, bands: str = "concat") -> AudioJEPAEnc
 
 
 class Excerpts(IterableDataset):
-    """Recordings in excerpts of [excerpt_samples]: (recording, excerpt, samples of sound in it,
-    error).
+    """Recordings in excerpts: (index of the recording, excerpt [excerpt_samples], how many of its
+    samples are sound, error).
 
     Each loader worker reads recordings of its own, from start to end. An error ends a recording.
     """
@@ -201,10 +200,10 @@ def embed(encoder, files, args, keep_rows):
     dataset = Excerpts(files, encoder.excerpt_samples)
     loader = DataLoader(dataset, args.batch_size, num_workers=args.workers)
     embedded = {}
-    for recordings, excerpts, sound, errors in tqdm(loader, disable=None):
-        rows = encoder.rows(excerpts.to(encoder.device), sound.to(encoder.device)).cpu()
-        durations = sound / encoder.samples_per_row
-        for n, i in enumerate(recordings.tolist()):
+    for indices, excerpts, lengths, errors in tqdm(loader, disable=None):
+        rows = encoder.rows(excerpts.to(encoder.device), lengths.to(encoder.device)).cpu()
+        durations = lengths / encoder.samples_per_row
+        for n, i in enumerate(indices.tolist()):
             if errors[n]:
                 message = f"{files.name(i)}: {errors[n]}"
                 if not args.skip_bad:
@@ -261,7 +260,7 @@ class Fold:
     """Which recordings are for what: indices, int64."""
 
     train: Tensor
-    inner_fold: Tensor  # in which fold of a cross-validation is each of these?
+    inner_fold: Tensor  # of each training recording, for the cross-validation
     valid: Tensor  # to choose by instead of a cross-validation; may be empty
     test: Tensor
 
@@ -290,8 +289,8 @@ def decorrelate(features, train):
     """[n, E] -> [n, J], float64: standardised, along axes on which features[train] are not
     correlated.
 
-    J <= n and E: only the span of features[train] is kept, because a penalised weight never leaves
-    it.
+    J <= min(n, E): only the span of features[train] is kept, because a penalised weight never
+    leaves it.
     """
     features = standardise(features, train)
     _, sizes, axes = torch.linalg.svd(features[train], full_matrices=False)
@@ -369,11 +368,12 @@ def choose_penalty(features, labels, fold):
     features = features.float()  # good enough to choose by, and twice as fast
     right = []
     for penalty in PENALTIES:
-        right.append(0)
+        count = 0
         for train, held_out in splits:
             weight, bias = fit(features[train], labels[train], penalty)
             predictions = (features[held_out] @ weight + bias).argmax(1)
-            right[-1] += (predictions == labels[held_out]).sum().item()
+            count += (predictions == labels[held_out]).sum().item()
+        right.append(count)
         best = right.index(max(right))
         if len(right) > best + 2:  # two weaker penalties in a row were no better
             break
@@ -514,7 +514,7 @@ class LogMelBaseline:
         self.excerpt_samples = encoder.excerpt_samples
         self.samples_per_row = encoder.excerpt_samples // encoder.log_mel.time_bins
 
-    def rows(self, excerpts, sound):
+    def rows(self, excerpts, lengths):
         return self.log_mel(excerpts).squeeze(1)  # [B, T, F]
 
 
@@ -574,8 +574,8 @@ def run_probes(args, encoders):
             line += f"{probe} {accuracy:.3f} +- {error:.3f}   "
         print(line + name, flush=True)
     if args.json:
-        with whole_file(args.json) as file:
-            file.write(json.dumps(header | {"accuracy": table}).encode())
+        with open(args.json, "w") as file:
+            json.dump(header | {"accuracy": table}, file)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def block_mask(
     """
     time, mel = grid
     device = generator.device
-    num_rectangles = 28  # 28 x 15 % covers the grid four times, so that few patches stay bare
+    num_rectangles = 28  # 28 x 15 % covers the grid four times, so that few patches stay uncovered
 
     def uniform(low, high):
         noise = torch.rand(batch_size, num_rectangles, 1, generator=generator, device=device)
@@ -74,7 +74,7 @@ def block_mask(
     inside_mel = (f0 <= f) & (f < f0 + mel_size)
     covers = inside_time & inside_mel
     first = covers.float().argmax(1)  # [B, N]
-    first = torch.where(covers.any(1), first, num_rectangles)  # bare patches come last
+    first = torch.where(covers.any(1), first, num_rectangles)  # uncovered patches come last
 
     # Select. Patches are masked in the order of their rectangles. Noise below 1 shuffles those of
     # one rectangle, but moves none into another.
@@ -123,7 +123,7 @@ def draw_masks(
 
 def ema_decay(step: int, steps: int, base: float = 0.996, end: float = 1.0) -> float:
     """tau of eq. (3) at a step: BYOL's cosine, from `base` at step 0 to `end` at `steps`."""
-    progress = min(step / steps, 1.0)
+    progress = step / steps
     return end - (end - base) * (1 + math.cos(math.pi * progress)) / 2
 
 

@@ -143,7 +143,7 @@ class Block(nn.Module):
 
 @torch.no_grad()
 def init_weights(network: nn.Module) -> None:
-    """Normal of std 0.02 (truncated at 2, which is never reached), zero biases, LayerNorm scale 1.
+    """Normal of std 0.02 (truncated at 2, a hundred std away), zero biases, LayerNorm scale 1.
 
     Each block adds to the residual stream twice. The two projections of block i = 1, 2, ... that do
     so are divided by sqrt(2 i). The variance of the stream then grows as 1 + 1/2 + 1/3 + ..., with
@@ -158,19 +158,19 @@ def init_weights(network: nn.Module) -> None:
         block.mlp.fc2.weight /= math.sqrt(2 * i)
 
 
-def run_blocks(network: nn.Module, tokens: Tensor, positions: Tensor) -> Tensor:
+def run_blocks(network: nn.Module, tokens: Tensor, pos_embed: Tensor) -> Tensor:
     """Tokens [B, L, D] through all blocks of an encoder or a predictor -> [B, L, D].
 
-    `positions` holds the row of the network's position table for each token. A sin-cos row, as wide
+    `pos_embed` holds the row of the network's position table for each token. A sin-cos row, as wide
     as a token, is added to it once. A rotary row, as wide as a head, rotates the queries and keys
     of every block.
     """
-    x = tokens.to(positions.dtype)  # fp32: autocast rounds the products, never the stream itself
+    x = tokens.to(pos_embed.dtype)  # fp32, so that the residual stream is not rounded by autocast
     rotation = None
     if network.config.positions == "rotary":
-        rotation = positions
+        rotation = pos_embed
     else:
-        x = x + positions
+        x = x + pos_embed
     for block in network.blocks:
         x = block(x, rotation)
     return x
@@ -208,14 +208,14 @@ class VisionTransformer(nn.Module):
 
     def forward(self, spectrogram, context_idx=None):
         patches = self.patchify(spectrogram)  # [B, N, 16 * 16]
-        positions = self.pos_embed  # [N, D]
+        pos_embed = self.pos_embed  # [N, D]
         if context_idx is not None:
             # Masked patches are dropped before any work is spent on them. The visible ones keep
             # their positions, so that their order in the sequence means nothing.
             patches = gather_tokens(patches, context_idx)  # [B, C, 16 * 16]
-            positions = positions[context_idx]  # [B, C, D]
+            pos_embed = pos_embed[context_idx]  # [B, C, D]
         tokens = self.patch_embed(patches)  # [B, L, D], L = N or C
-        return self.norm(run_blocks(self, tokens, positions))
+        return self.norm(run_blocks(self, tokens, pos_embed))
 
 
 class Predictor(nn.Module):
@@ -247,16 +247,16 @@ class Predictor(nn.Module):
         visible = self.embed(context)  # [B, C, P]
         masked = self.mask_token.expand(*target_idx.shape, -1)  # [B, M, P]
         tokens = torch.cat([visible, masked], dim=1)  # [B, C + M, P]
-        positions = self.pos_embed[torch.cat([context_idx, target_idx], dim=1)]
-        tokens = run_blocks(self, tokens, positions)
+        pos_embed = self.pos_embed[torch.cat([context_idx, target_idx], dim=1)]
+        tokens = run_blocks(self, tokens, pos_embed)
         num_visible = context.shape[1]
         masked = tokens[:, num_visible:]  # [B, M, P]
         return self.proj(self.norm(masked))  # [B, M, D]
 
 
-# Both losses take predictions and targets [B, M, D] and average over the masked tokens. Eq. (2)
-# sums over the width D, so it starts near D; the cosine starts near 2. The same learning rate suits
-# both, because AdamW divides each gradient by its own size.
+# Both losses take predictions and targets [B, M, D] and average over the masked tokens. Predictions
+# start near 0 and targets have variance 1, so eq. (2), a sum over the width, starts near D, and the
+# cosine near 2. The same learning rate suits both, because AdamW divides each gradient by its size.
 
 
 def l2_loss(predictions: Tensor, targets: Tensor) -> Tensor:
@@ -275,15 +275,16 @@ LOSSES = {"l2": l2_loss, "cosine": cosine_loss}
 def normalise_targets(targets: Tensor, within: str = "token") -> Tensor:
     """Give the targets mean 0 and variance 1: [B, N, D] -> [B, N, D], fp32.
 
-    Without normalisation, the encoder's last LayerNorm could learn a smaller and smaller scale. The
-    targets would shrink with it, and the loss would fall although nothing is learned.
+    Otherwise nothing would tie down their scale: they would follow the scale of the encoder's last
+    LayerNorm wherever it drifts, and the loss would shrink or grow with it, whatever is learned.
 
     Within a "token": over its features (like I-JEPA). Within a "clip": each feature over the tokens
     of the clip (like data2vec). The second removes from a target everything that all tokens of the
-    clip share. The context gives that away, so predicting it teaches little.
+    clip share. That can be read off the visible patches, so predicting it teaches little.
     """
     axis = {"token": 2, "clip": 1}[within]
-    variance, mean = torch.var_mean(targets.float(), axis, correction=0, keepdim=True)
+    targets = targets.float()
+    variance, mean = torch.var_mean(targets, axis, correction=0, keepdim=True)
     return (targets - mean) / torch.sqrt(variance + 1e-5)
 
 

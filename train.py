@@ -8,9 +8,9 @@
 
 Masks, clips and schedules are pure functions of (seed, step). So one process, several processes,
 accumulated micro-batches, and a run that was stopped and started again with the same --out are all
-the same run, up to the rounding of sums in another order. To resume, a checkpoint needs the
-weights, the optimizer and the step. No random state is saved, because all randomness is drawn from
-the seed and the step.
+the same run on one kind of device, up to the rounding of sums in another order. To resume, a
+checkpoint needs the weights, the optimizer and the step. No random state is saved, because all
+randomness is drawn from the seed and the step.
 
 Letters in the shape comments: B clips of a micro-batch, K masks of a clip, N patches of a clip,
 C visible and M masked ones, D encoder width, T spectrogram frames, F mel bands.
@@ -86,7 +86,7 @@ class Run:
 
     args: argparse.Namespace  # the flags
     device: torch.device
-    precision: torch.dtype  # of autocast; float32 is no autocast
+    precision: torch.dtype  # of autocast; float32: autocast is off
     shares: list[slice]  # of this process, see shares_of_process
     log_mel: LogMel
     model: JEPA  # context encoder and predictor: what gradient descent trains
@@ -103,7 +103,7 @@ class StepResult:
     loss: float  # mean over the clips of this process
     grad_norm: float  # over all processes; NaN or Inf: the step was skipped
     targets: list[Tensor]  # [B, N, D] of each micro-batch, from the target encoder
-    target_idx: list[Tensor]  # [B K, M] of each micro-batch; masks of a clip are neighbours
+    target_idx: list[Tensor]  # [B K, M] of each micro-batch; the K rows of a clip are consecutive
 
 
 def train_step(run: Run, step: int, clips: list[Tensor]) -> StepResult:
@@ -128,10 +128,10 @@ def train_step(run: Run, step: int, clips: list[Tensor]) -> StepResult:
         spectrogram = run.log_mel(clips[micro].to(run.device, non_blocking=True))  # [B, 1, T, F]
         # DDP averages the gradients over the processes during `backward`. Once a step is enough, so
         # before the last micro-batch they are only added up in each process.
-        sync = contextlib.nullcontext()
+        gradient_sync = contextlib.nullcontext()
         if run.ddp_model is not run.model and micro < args.accum - 1:
-            sync = run.ddp_model.no_sync()
-        with sync:
+            gradient_sync = run.ddp_model.no_sync()
+        with gradient_sync:
             autocast = run.precision != torch.float32
             with torch.autocast(run.device.type, dtype=run.precision, enabled=autocast):
                 # 2. Targets. The target encoder sees the whole clip. It needs no backward pass,
@@ -175,6 +175,47 @@ def train_step(run: Run, step: int, clips: list[Tensor]) -> StepResult:
     return result
 
 
+def build_run(args, config, log_mel, processes, device, precision):
+    """Networks and optimizer of a new run. Every process draws the same weights."""
+    torch.manual_seed(args.seed)
+    model = JEPA(config, args.loss, args.target_norm).to(device)
+    target_encoder = copy.deepcopy(model.context_encoder).requires_grad_(False)
+    if args.compile:
+        for network in (model.context_encoder, model.predictor, target_encoder):
+            network.compile()  # in place, so that the names of the weights stay
+    # The target encoder stays outside DDP, because it has no gradients to average. Its copies are
+    # identical all the same: they start alike, and each follows a context encoder that DDP keeps
+    # identical.
+    ddp_model = model
+    if processes.count > 1:
+        ddp_model = nn.parallel.DistributedDataParallel(
+            model,
+            broadcast_buffers=False,  # they are position tables, which never change
+            gradient_as_bucket_view=True,  # saves a copy of all gradients
+        )
+    # AdamW (sec. IV.C), whose learning rate is set in train_step. Biases, norms and the mask token
+    # have one dimension, and no decay.
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1]},
+        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(
+        groups, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
+    )
+    return Run(
+        args=args,
+        device=device,
+        precision=precision,
+        shares=shares_of_process(args.batch_size, args.accum, processes.rank, processes.count),
+        log_mel=log_mel,
+        model=model,
+        ddp_model=ddp_model,
+        target_encoder=target_encoder,
+        optimizer=optimizer,
+        scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
+    )
+
+
 @dataclass
 class Progress:
     """How far a run has come; a part of its checkpoint."""
@@ -182,7 +223,7 @@ class Progress:
     step: int = 0  # steps done
     seconds: float = 0.0  # spent on them
     reads: int = 0  # recordings opened
-    bad: int = 0  # of these, how many could not be used
+    bad: int = 0  # those that could not be used
     skipped: int = 0  # steps whose gradient was not finite
     skipped_in_a_row: int = 0
 
@@ -192,7 +233,7 @@ class Interval:
     """What has happened since the last line of the log. A resumed run begins a new interval."""
 
     seconds: float = 0.0  # spent on steps
-    waited: float = 0.0  # of these, how many for clips
+    waited: float = 0.0  # a part of it, spent waiting for clips
     losses: list[float] = dataclasses.field(default_factory=list)  # of each step; skipped: NaN
 
 
@@ -226,7 +267,8 @@ def train(args, stop):
             initial = load_checkpoint(args.init)
         clips = open_clips(args)
         config = config_of(args)
-        log_mel = LogMel(args.sample_rate, args.clip_seconds, config.time_bins).to(device)
+        log_mel = LogMel(args.sample_rate, args.clip_seconds, config.time_bins, config.mel_bins)
+        log_mel = log_mel.to(device)
         if checkpoint is not None:
             stored = checkpoint["config"]["log_mel"]
             log_mel.mean = stored["mean"]
@@ -236,8 +278,8 @@ def train(args, stop):
                 say("measuring mean and std of the log-mel on the first 256 clips")
             log_mel.mean, log_mel.std = measure_mean_std(clips, log_mel, device, args.workers)
         connect(processes, device)
-        # All processes take what the first has chosen and measured, because another may have failed
-        # to read a clip.
+        # The processes were not yet connected, so each has measured. All take what the first has
+        # chosen and measured.
         amp = choose_amp(args.amp, device.type, checkpoint)
         chosen = (amp, log_mel.mean, log_mel.std)
         amp, log_mel.mean, log_mel.std = from_all_processes(chosen)[0]
@@ -325,46 +367,6 @@ def train(args, stop):
     disconnect()
 
 
-def build_run(args, config, log_mel, processes, device, precision):
-    """Networks and optimizer of a new run. Every process draws the same weights."""
-    torch.manual_seed(args.seed)
-    model = JEPA(config, args.loss, args.target_norm).to(device)
-    target_encoder = copy.deepcopy(model.context_encoder).requires_grad_(False)
-    if args.compile:
-        for network in (model.context_encoder, model.predictor, target_encoder):
-            network.compile()  # in place, so that the names of the weights stay
-    # The target encoder stays outside DDP, because it has no gradients to average. Its copies are
-    # identical all the same: they start alike, and each follows a context encoder that DDP keeps
-    # identical.
-    ddp_model = model
-    if processes.count > 1:
-        ddp_model = nn.parallel.DistributedDataParallel(
-            model,
-            broadcast_buffers=False,  # they are position tables, which never change
-            gradient_as_bucket_view=True,  # saves a copy of all gradients
-        )
-    # AdamW (sec. IV.C). Biases, norms and the mask token have one dimension, and no decay.
-    groups = [
-        {"params": [p for p in model.parameters() if p.ndim > 1]},
-        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(
-        groups, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
-    )
-    return Run(
-        args=args,
-        device=device,
-        precision=precision,
-        shares=shares_of_process(args.batch_size, args.accum, processes.rank, processes.count),
-        log_mel=log_mel,
-        model=model,
-        ddp_model=ddp_model,
-        target_encoder=target_encoder,
-        optimizer=optimizer,
-        scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
-    )
-
-
 # ------------------------------------------------------------------------------------------------
 # The method ends here. What follows are its instruments and its plumbing.
 
@@ -388,7 +390,7 @@ def monitors(targets):
     """
     token_std = mean_over_processes(targets.std(1, correction=0).mean()).item()
     pooled = torch.cat(from_all_processes(targets.mean(1).cpu())).double()
-    clips = len(pooled)
+    num_clips = len(pooled)
     effective_rank = math.nan
     if pooled.isfinite().all():  # else the step was skipped, and svdvals takes no NaN
         singular = torch.linalg.svdvals(pooled - pooled.mean(0))
@@ -396,12 +398,12 @@ def monitors(targets):
         entropy = torch.special.entr(singular / singular.sum()).sum().item()
         effective_rank = math.exp(entropy)
     units = nn.functional.normalize(pooled)
-    pairs = (units @ units.T).sum().item() - clips  # without each clip and itself, which give 1
+    pairs = (units @ units.T).sum().item() - num_clips  # without each clip and itself, which give 1
     return {
         "token_std": token_std,
         "target_std": pooled.std(0, correction=0).mean().item(),
         "effective_rank": effective_rank,
-        "mean_cosine": pairs / max(clips * (clips - 1), 1),
+        "mean_cosine": pairs / max(num_clips * (num_clips - 1), 1),
     }
 
 
@@ -434,7 +436,6 @@ def log_line(run, progress, interval, result, num_clips):
     targets_of_masks = targets.repeat_interleave(args.masks_per_clip, dim=0)
     target_idx = torch.cat(result.target_idx)
     losses = torch.tensor(interval.losses, dtype=torch.float64)
-    clips = len(losses) * args.batch_size
     return {
         "step": progress.step,
         "epoch": progress.step * args.batch_size / num_clips,
@@ -445,7 +446,7 @@ def log_line(run, progress, interval, result, num_clips):
         "ema_decay": ema_decay(step, args.steps, args.ema, args.ema_end),
         "grad_norm": result.grad_norm,
         **monitors(targets),
-        "clips_per_s": clips / interval.seconds,
+        "clips_per_s": len(losses) * args.batch_size / interval.seconds,
         "data_wait": interval.waited / interval.seconds,
         "bad_files": progress.bad,
         "skipped": progress.skipped,
@@ -624,8 +625,8 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float3
 
 
 def choose_amp(amp, device_type, checkpoint=None):
-    """--amp as one of PRECISIONS. `auto` is bf16 where the hardware multiplies it, and fp16 on
-    older GPUs. A resumed run keeps what it began with."""
+    """--amp as one of PRECISIONS. `auto` is bf16 on hardware that supports it, and fp16 on older
+    GPUs. A resumed run keeps what it began with."""
     if amp != "auto":
         return amp
     if checkpoint is not None:
@@ -668,8 +669,8 @@ class Processes:
 
 
 def launched_processes() -> Processes:
-    """Read what torchrun has set. It is one process where RANK or MASTER_ADDR is missing, because
-    some clusters and containers set WORLD_SIZE for everybody."""
+    """Read what torchrun has set. Where RANK or MASTER_ADDR is missing, there is one process: some
+    clusters and containers set WORLD_SIZE for everybody."""
     env = os.environ
     if "RANK" not in env or "MASTER_ADDR" not in env or env.get("WORLD_SIZE", "1") == "1":
         return Processes()
@@ -711,17 +712,17 @@ def from_all_processes(value):
 
 
 def mean_over_processes(tensor):
-    """Of tensors, which are moved to the CPU."""
+    """The mean of a tensor over all processes, on the CPU."""
     return torch.stack(from_all_processes(tensor.cpu())).mean(0)
 
 
 def refuse_disagreement(settings):
     """ValueError if processes differ, because they would average unrelated gradients."""
-    for rank, others in enumerate(from_all_processes(settings)):
+    for rank, theirs in enumerate(from_all_processes(settings)):
         for name, value in settings.items():
-            if others[name] != value:
+            if theirs[name] != value:
                 raise ValueError(
-                    f"{name} is {value}, but {others[name]} in process {rank}: all need the same "
+                    f"{name} is {value}, but {theirs[name]} in process {rank}: all need the same "
                     "flags and data, and one --out that they share"
                 )
 
@@ -743,7 +744,8 @@ class StopSignals:
 
 
 def fail(message, code=2):
-    """Print one line on stderr and exit. An error from a loader's worker ends with that line."""
+    """Print one line on stderr and exit. An error of a loader's worker is a traceback, and its last
+    line is the message."""
     last_line = str(message).strip().rpartition("\n")[2]
     print(f"error: {last_line}", file=sys.stderr)
     sys.exit(code)

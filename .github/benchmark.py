@@ -97,7 +97,7 @@ def main():
     processes = train.launched_processes()
     device = train.choose_device()
     config = train.config_of(args)
-    log_mel = LogMel(args.sample_rate, args.clip_seconds, config.time_bins)
+    log_mel = LogMel(args.sample_rate, args.clip_seconds, config.time_bins, config.mel_bins)
     clips = train.open_clips(args)
     train.connect(processes, device)
     amp = train.from_all_processes(train.choose_amp(args.amp, device.type))[0]
