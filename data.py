@@ -691,7 +691,7 @@ def pack(files, out):
 def main():
     parser = argparse.ArgumentParser(description="Measure a set of recordings, or pack it.")
     parser.add_argument("command", choices=["scan", "pack"])
-    parser.add_argument("path", help="what --data of train.py takes")
+    parser.add_argument("path", help="as --data of train.py, but not packed")
     parser.add_argument("out", nargs="?", default="packed", help="new folder that pack makes")
     parser.add_argument("--sample-rate", type=int, default=32000, help="of the pack, in Hz")
     args = parser.parse_args()
