@@ -823,7 +823,7 @@ def test_monitors_tell_healthy_targets_from_clips_or_tokens_that_are_alike(clips
 
 
 def test_a_collapse_is_visible_in_the_log(tmp_path):
-    flags = ["--masks-per-clip", 1, "--lr", 0.01, "--ema", 0, "--ema-end", 0]
+    flags = ["--masks-per-clip", 1, "--lr", 0.005, "--ema", 0, "--ema-end", 0, "--steps", 30]
     _, log = pretrain(tmp_path, *flags)
     first = log[0]
     last = log[-1]
