@@ -4,13 +4,13 @@
     clip_order                      which clips a process reads for each step
     clip_loader                     runs Batches in worker processes, which reads
         Clips.read                  one clip: an excerpt, filled up with further recordings
-            AudioFiles.excerpt      open, decode and resample
+            AudioFiles.excerpt      open, then decode, which mixes to mono and resamples
     train_step, in train.py
         draw_masks                  random_mask and mask_lowest, in masking.py
         LogMel                      waveforms -> frames -> spectrogram [B, 1, T, F], on the GPU
-        target_encoder              VisionTransformer: patchify, run_blocks, Block, Attention, MLP
+        target_encoder              VisionTransformer: run_blocks, Block, Attention
         JEPA.forward                in model.py
-            context_encoder         the same, for the visible patches: gather_tokens
+            context_encoder         the same, for the visible patches
             predictor               Predictor, with blocks of its own
             normalise_targets       and l2_loss
 
@@ -204,24 +204,22 @@ class AudioFiles(Source):
 
     def excerpt(self, i, length, rng):
         with self.open(i) as sound:
-            rate = sound.samplerate
-            total = sound.frames  # samples, by the header
-            count = math.ceil(length * rate / self.rate)
-            latest = max(total - count, 0)
-            waveform = decode(sound, int(rng.uniform(0, latest + 1)), count)
-        if len(waveform) < count < total:
+            count = math.ceil(length * sound.samplerate / self.rate)
+            latest = max(sound.frames - count, 0)  # samples, by the header
+            waveform = decode(sound, int(rng.uniform(0, latest + 1)), count, self.rate)
+        if len(waveform) == 0:
             # The header promises more than there is, or the file is a stream of unknown length:
             # take its beginning.
             with self.open(i) as sound:
-                waveform = decode(sound, 0, count)
-        return resampler(rate, self.rate)(waveform)[:length]
+                waveform = decode(sound, 0, count, self.rate)
+        return waveform[:length]
 
     def windows(self, i, length):
         """Recording i from start to end, in pieces of `length` samples, the last one shorter."""
         with self.open(i) as sound:
             count = math.ceil(length * sound.samplerate / self.rate)
-            for waveform in pieces(sound, count):
-                yield resampler(sound.samplerate, self.rate)(waveform)[:length]
+            for waveform in pieces(sound, count, self.rate):
+                yield waveform[:length]
 
 
 class PackedFrames(Source):
@@ -530,9 +528,12 @@ class Sound(soundfile.SoundFile):
         return False
 
 
-def decode(sound, skip, count):
-    """Skip samples of `sound`, then decode `count`, or as many as there are -> mono float32, at the
-    rate of the file.
+RESAMPLERS = {}  # by their ratio of rates; each is built once, because that takes 4 ms
+
+
+def decode(sound, skip, count, rate):
+    """Skip samples of `sound`, then decode `count`, or as many as there are -> mono float32,
+    resampled to `rate`.
 
     A damaged file gives what comes before the damage. ValueError if it holds NaN or Inf.
     """
@@ -551,27 +552,25 @@ def decode(sound, skip, count):
     waveform = samples[skip:decoded].mean(dim=1)
     if not waveform.isfinite().all():
         raise ValueError("holds NaN or Inf")
-    return waveform
+    if len(waveform) == 0:
+        return waveform
+    # Rates without a small common divisor (44 099 Hz) would take a kernel of gigabytes, so their
+    # ratio is rounded, within 0.1 %.
+    ratio = Fraction(rate, sound.samplerate).limit_denominator(1000)
+    if ratio not in RESAMPLERS:
+        RESAMPLERS[ratio] = torchaudio.transforms.Resample(ratio.denominator, ratio.numerator)
+    return RESAMPLERS[ratio](waveform)
 
 
-def pieces(sound, count=2**21):
-    """Decode all of `sound`, in pieces of `count` samples, the last one shorter. ValueError if
-    there is nothing."""
-    piece = decode(sound, 0, count)
+def pieces(sound, count, rate):
+    """Decode all of `sound`, `count` samples at a time, the last time fewer -> pieces, resampled to
+    `rate`. ValueError if there is nothing."""
+    piece = decode(sound, 0, count, rate)
     if len(piece) == 0:
         raise ValueError(NOTHING)
     while len(piece) > 0:
         yield piece
-        piece = decode(sound, 0, count)
-
-
-@functools.lru_cache(maxsize=64)
-def resampler(rate, new_rate):
-    """torchaudio's resampler, [samples] at one rate -> [samples] at another. It builds its kernel
-    once. That of rates without a small common divisor (44 099 Hz) would take gigabytes, so the
-    ratio is rounded, within 0.1 %."""
-    ratio = Fraction(new_rate, rate).limit_denominator(1000)
-    return torchaudio.transforms.Resample(ratio.denominator, ratio.numerator)
+        piece = decode(sound, 0, count, rate)
 
 
 @contextlib.contextmanager
@@ -633,7 +632,7 @@ def usable_cores():
 def measure_recording(files, i):
     """Decode a recording to its end -> what it adds to the counts of `scan`."""
     with files.open(i) as sound:
-        waveform = torch.cat(list(pieces(sound)))
+        waveform = torch.cat(list(pieces(sound, 2**21, sound.samplerate)))
     seconds = len(waveform) / sound.samplerate
     return {
         "hours": seconds / 3600,

@@ -21,6 +21,7 @@ and F mel bands of a spectrogram.
 """
 
 import math
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -77,12 +78,6 @@ PRESETS = {
 }
 
 
-def gather_tokens(tokens: Tensor, idx: Tensor) -> Tensor:
-    """Pick tokens of each clip by their index: tokens [B, N, D], idx [B, L] -> [B, L, D]."""
-    width = tokens.shape[-1]
-    return tokens.gather(1, idx.unsqueeze(-1).expand(-1, -1, width))
-
-
 class Attention(nn.Module):
     """Multi-head self-attention: [B, L, D] -> [B, L, D].
 
@@ -113,18 +108,6 @@ class Attention(nn.Module):
         return self.proj(x)
 
 
-class MLP(nn.Module):
-    """Two layers with a GELU between: [B, L, D] -> [B, L, D]."""
-
-    def __init__(self, dim: int, hidden: int):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class Block(nn.Module):
     """Pre-norm Transformer block: [B, L, D] -> [B, L, D]; rotation as in Attention."""
 
@@ -133,7 +116,13 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = MLP(dim, int(dim * mlp_ratio))
+        hidden = int(dim * mlp_ratio)
+        layers = OrderedDict(
+            fc1=nn.Linear(dim, hidden),
+            gelu=nn.GELU(),
+            fc2=nn.Linear(hidden, dim),
+        )
+        self.mlp = nn.Sequential(layers)
 
     def forward(self, x, rotation=None):
         x = x + self.attn(self.norm1(x), rotation)
@@ -194,28 +183,28 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(config.dim)
         init_weights(self)
 
-    def patchify(self, spectrogram):
-        """[B, 1, T, F] -> [B, N, 16 * 16], time-major: token = t * mel_patches + f."""
+    def forward(self, spectrogram, context_idx=None):
         B, _, time, mel = spectrogram.shape
         expected = (self.config.time_bins, self.config.mel_bins)
         if (time, mel) != expected:
             raise ValueError(f"a spectrogram of {time} x {mel}, but the encoder takes {expected}")
+
+        # Cut it into patches, time-major: patch = t * mel_patches + f.
         t, f = self.config.grid
         patch_time, patch_mel = self.config.patch_size
         patches = spectrogram.reshape(B, t, patch_time, f, patch_mel)
         patches = patches.transpose(2, 3)  # [B, t, f, 16, 16]
-        return patches.reshape(B, t * f, patch_time * patch_mel)
+        patches = patches.reshape(B, t * f, patch_time * patch_mel)  # [B, N, 16 * 16]
 
-    def forward(self, spectrogram, context_idx=None):
-        patches = self.patchify(spectrogram)  # [B, N, 16 * 16]
         pos_embed = self.pos_embed  # [N, D]
         if context_idx is not None:
             # Masked patches are dropped before any work is spent on them. The visible ones keep
             # their positions, so that their order in the sequence means nothing.
-            patches = gather_tokens(patches, context_idx)  # [B, C, 16 * 16]
+            patches = patches.take_along_dim(context_idx.unsqueeze(-1), dim=1)  # [B, C, 16 * 16]
             pos_embed = pos_embed[context_idx]  # [B, C, D]
         tokens = self.patch_embed(patches)  # [B, L, D], L = N or C
-        return self.norm(run_blocks(self, tokens, pos_embed))
+        tokens = run_blocks(self, tokens, pos_embed)
+        return self.norm(tokens)
 
 
 class Predictor(nn.Module):
@@ -312,7 +301,8 @@ class JEPA(nn.Module):
         # because the target encoder runs under no_grad and no optimizer holds its weights. `detach`
         # makes sure of it for any other caller.
         targets = normalise_targets(targets.detach(), self.target_norm)  # [B, N, D]
-        targets = gather_tokens(targets, target_idx)  # [B, M, D], f_tgt(x)_j for j in M
+        # Keep those of the masked patches: [B, M, D], f_tgt(x)_j for j in M.
+        targets = targets.take_along_dim(target_idx.unsqueeze(-1), dim=1)
         return self.loss_function(predictions.float(), targets)
 
 

@@ -54,7 +54,6 @@ from model import (
     PRESETS,
     VisionTransformer,
     count_millions,
-    gather_tokens,
     normalise_targets,
 )
 
@@ -418,7 +417,8 @@ def explained(jepa, loss, targets, target_idx):
     """
     targets = normalise_targets(targets, jepa.target_norm)
     mean = mean_over_processes(targets.mean(0)).to(targets.device)  # [N, D]
-    blind_loss = jepa.loss_function(mean[target_idx], gather_tokens(targets, target_idx))
+    masked_targets = targets.take_along_dim(target_idx.unsqueeze(-1), dim=1)  # [B, M, D]
+    blind_loss = jepa.loss_function(mean[target_idx], masked_targets)
     blind_loss = mean_over_processes(blind_loss).item()
     if blind_loss == 0:  # one clip is its own mean
         return math.nan

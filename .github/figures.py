@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import AudioClips, LogMel
 from extract import load_encoder
 from masking import random_mask
-from model import JEPAConfig, Predictor, VisionTransformer, gather_tokens, normalise_targets
+from model import JEPAConfig, Predictor, VisionTransformer, normalise_targets
 from train import load_checkpoint
 
 matplotlib.use("agg")
@@ -94,7 +94,8 @@ def draw_mask(checkpoint, out, *sounds):
         targets = normalise_targets(target_encoder(spectrogram), stored["settings"]["target_norm"])
         context = context_encoder(spectrogram, context_idx)
         predictions = predictor(context, context_idx, target_idx)
-        error = (predictions - gather_tokens(targets, target_idx)).square().mean(-1)
+        masked_targets = targets.take_along_dim(target_idx.unsqueeze(-1), dim=1)
+        error = (predictions - masked_targets).square().mean(-1)
 
         masked = torch.zeros(num_patches).scatter_(0, target_idx[0], 1.0)
         seen = spectrogram[0, 0].masked_fill(per_pixel(masked, config) > 0, torch.nan)
