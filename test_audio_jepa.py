@@ -214,12 +214,16 @@ def test_sizes_that_do_not_divide_are_refused_at_construction(name):
         JEPAConfig(heads=8, predictor_heads=8, **{name: 100})
 
 
-def test_attention_is_the_fused_one():
-    attention = model.Attention(32, 2)
+def test_a_block_is_the_pre_norm_layer_of_pytorch():
+    block = model.Block(32, 2, mlp_ratio=4.0)
+    layer = torch.nn.TransformerEncoderLayer(32, 2, 128, 0.0, "gelu", norm_first=True)
+    layer.self_attn.in_proj_weight = block.attn.qkv.weight
+    layer.self_attn.in_proj_bias = block.attn.qkv.bias
+    layer.self_attn.out_proj = block.attn.proj
+    layer.linear1 = block.mlp.fc1
+    layer.linear2 = block.mlp.fc2
     x = torch.randn(2, 7, 32)
-    q, k, v = attention.qkv(x).view(2, 7, 3, 2, 16).permute(2, 0, 3, 1, 4)
-    fused = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    assert_close(attention(x), attention.proj(fused))
+    assert_close(block(x), layer(x.transpose(0, 1)).transpose(0, 1))
 
 
 def test_weights_start_with_the_std_that_is_claimed():
@@ -287,6 +291,16 @@ def test_a_prediction_changes_with_the_position_it_is_asked_for(positions):
     for other in (8, 10):  # another position in mel, and in time
         elsewhere = predictor(context, context_idx, torch.tensor([[other]]))
         assert (at_7 - elsewhere).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("positions", ["sincos", "rotary"])
+def test_tokens_are_told_apart_by_their_positions_and_not_by_their_order(positions):
+    predictor = sharp(Predictor(dataclasses.replace(SMALL, positions=positions)))
+    context = torch.randn(2, 7, 32)
+    context_idx, target_idx = a_mask()
+    predictions = predictor(context, context_idx, target_idx)
+    backwards = predictor(context.flip(1), context_idx.flip(1), target_idx.flip(1))
+    assert_close(backwards.flip(1), predictions)
 
 
 @pytest.mark.parametrize("positions", ["sincos", "rotary"])
