@@ -2,9 +2,10 @@
 """Audio in, log-mel spectrograms out (sec. IV.A). How a batch travels from the disk to the loss:
 
     clip_order                      which clips a process reads for each step
-    clip_loader                     runs Batches in worker processes, which reads
-        Clips.read                  one clip: an excerpt, filled up with further recordings
-            AudioFiles.excerpt      open, then decode, which mixes to mono and resamples
+    clip_loader                     in worker processes
+        Batches                     one micro-batch
+            Clips.read              one clip: an excerpt, filled up with further recordings
+                AudioFiles.excerpt  open, then decode, which mixes to mono and resamples
     train_step, in train.py
         draw_masks                  random_mask and mask_lowest, in masking.py
         LogMel                      waveforms -> frames -> spectrogram [B, 1, T, F], on the GPU
@@ -130,14 +131,13 @@ class LogMel(nn.Module):
     def forward(self, clips):
         # In fp32, because powers overflow fp16 and bf16 cannot tell them apart.
         with torch.autocast(clips.device.type, enabled=False):
-            log_mels = clips.float()  # if they are packed
-            if clips.ndim == 2:
-                waveforms = clips.float()
-                at_once = len(clips)
-                if clips.device.type == "cpu":
+            x = clips.float()
+            if x.ndim == 2:  # waveforms; packed frames are log-mel already
+                at_once = len(x)
+                if x.device.type == "cpu":
                     at_once = 1  # which fits in cache
-                log_mels = torch.cat([self.frames(chunk) for chunk in waveforms.split(at_once)])
-            normalised = (log_mels - self.mean) / self.std
+                x = torch.cat([self.frames(chunk) for chunk in x.split(at_once)])
+            normalised = (x - self.mean) / self.std
             return normalised.unsqueeze(1)
 
 
@@ -319,7 +319,7 @@ class Clips(Dataset):
                 failures += 1
             if failures == 10:
                 last = ": ".join(bad[-1])
-                raise OSError(f"ten recordings in a row cannot be used, at last {last}")
+                raise OSError(f"ten recordings in a row cannot be used, the last one {last}")
             i = rng.randrange(len(self))
         reads = len(excerpts) + len(bad)
         shape = (missing, *excerpts[0].shape[1:])
@@ -435,8 +435,8 @@ def obey_the_main_process():
 
 AUDIO = tuple(b".wav .flac .ogg .oga .opus .mp3 .aiff .aif .aifc .au .caf .rf64 .sph .w64".split())
 USAGE = (
-    "give a folder, a .tar or a .txt with a path a line, of what libsndfile decodes (.wav, .flac, "
-    ".ogg, .mp3 and more, not .m4a)"
+    "give a folder, a .tar or a .txt (one path a line) of files that libsndfile decodes: .wav, "
+    ".flac, .ogg, .mp3 and more, but not .m4a"
 )
 
 
@@ -522,9 +522,10 @@ def printable(name):
 
 
 class Sound(soundfile.SoundFile):
+    """A file whose `read` does not seek. soundfile seeks after each read of a seekable file, and in
+    an MP3 that leaves 60 ms of silence."""
+
     def seekable(self):
-        """Claim that it is not, because soundfile seeks after each read of a file that is, and in
-        an MP3 that leaves 60 ms of silence."""
         return False
 
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Everything with a frozen encoder (sec. III.C): embeddings, probes, X-ARES.
+"""What a frozen encoder is used for (sec. III.C): embeddings, probes, X-ARES.
 
     python extract.py CHECKPOINT DATA --out emb.npz          embeddings, one row per recording
     python extract.py CHECKPOINT DATA --probe knn linear     accuracies on train|test/LABEL/*
 
 A recording is cut into excerpts as long as a training clip (10 s); the last one is shorter. An
-excerpt of 10 s gives 16 rows, one for each 625 ms, and a row is made of 8 tokens, one for each band
-of frequencies. Training clips are filled up with sound instead of padding, so only the rows that
+excerpt of 10 s gives 16 rows, one for each 625 ms, and a row is made of 8 tokens, one for every 16
+mel bands. Training clips are filled up with sound instead of padding, so only the rows that
 hold sound enter the encoder. In the mean over a recording its last row counts by the share of it
 that holds sound: 7.3 s are 12 rows, and the last of them counts .68.
 
@@ -47,7 +47,7 @@ class AudioJEPAEncoder(nn.Module):
     (waveform [B, samples], float in [-1, 1], mono, at `sampling_rate` Hz) -> [B, R, output_dim],
     float32: one row per `hop_size_in_ms`, the last one perhaps partial.
 
-    Recordings of different lengths are padded with zeros to one waveform. The zeros at the end of
+    Recordings of different lengths are padded with zeros to one length. The zeros at the end of
     each are not encoded, and their rows are 0, so that a recording gets the same rows with padding
     and without. `lengths` [B] says how many samples are sound, for recordings that end in zeros.
 
@@ -124,14 +124,15 @@ class AudioJEPAEncoder(nn.Module):
         return rows
 
     def encode(self, spectrogram, count):
-        """[B, 1, T, F] -> [B, count, output_dim]: the first `count` rows, by their tokens alone."""
+        """[B, 1, T, F] -> [B, count, output_dim]: the first `count` rows, whose tokens alone enter
+        the network, so that it never hears padding."""
         num_tokens = count * self.tokens_per_row
         context_idx = torch.arange(num_tokens, device=self.device).expand(len(spectrogram), -1)
         precision = PRECISIONS[self.amp]
         if self.amp == "fp16" and self.device.type == "cpu":
             precision = torch.float32  # fp16 takes 25 times as long there
         with torch.autocast(self.device.type, dtype=precision, enabled=precision != torch.float32):
-            tokens = self.network(spectrogram, context_idx)  # [B, N, D], time-major
+            tokens = self.network(spectrogram, context_idx)  # [B, count * 8, D], time-major
         tokens = tokens.float().unflatten(1, (count, self.tokens_per_row))  # [B, R, 8, D]
         if self.bands == "concat":
             return tokens.flatten(2)
@@ -465,14 +466,15 @@ def read_task(data, names):
     """
     needed = ValueError(
         f"{data}: a task is train/LABEL/* and test/LABEL/* (and valid/LABEL/*), or fold1/LABEL/*, "
-        "fold2/LABEL/* and so on, or LABEL/*, with two recordings or more of each LABEL"
+        "fold2/LABEL/* and so on, or LABEL/*, with two labels or more"
     )
     paths = [name.split("/") for name in names]
     groups = [path[0] for path in paths]
     splits = {"train", "valid", "test"}
     has_splits = {"train", "test"} <= set(groups) <= splits
     has_folds = all(group.startswith("fold") for group in groups)
-    if not has_splits and splits & set(groups):  # one is missing, or others are beside them
+    below_a_split = any(path[0] in splits and len(path) > 2 for path in paths)
+    if below_a_split and not has_splits:  # one is missing, or others are beside them
         raise needed
     label = 0  # where it is in a path
     if has_splits or has_folds:
@@ -693,9 +695,9 @@ def parse_args(argv):
     )
     add(
         "--pool",
-        choices=["clip", "time"],
-        default="clip",
-        help="the mean over a recording, or a row each 625 ms",
+        choices=["recording", "time"],
+        default="recording",
+        help="one row a recording, the mean, or a row each 625 ms",
     )
     add("--json", metavar="FILE", help="write the accuracies as well")
     add("--skip-bad", action="store_true", help="leave out recordings that cannot be used")

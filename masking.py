@@ -11,8 +11,8 @@ patches in brackets:
     f = 0      0     3     6   [ 9]
              t = 0 t = 1 t = 2 t = 3
 
-Letters in the shape comments: B clips, N patches of a clip, C context (visible) patches, M masked
-patches, R rectangles.
+Letters in the shape comments: B masks, one for each clip of a batch or several, N patches of a
+clip, C context (visible) patches, M masked patches, R rectangles.
 
 `python masking.py` draws one mask of each kind.
 """
@@ -56,7 +56,7 @@ def block_mask(
         noise = torch.rand(batch_size, num_rectangles, 1, generator=generator, device=device)
         return low + (high - low) * noise  # [B, R, 1]
 
-    # Sizes. Area and aspect are two separate draws, so that large rectangles have all shapes.
+    # Sizes. With one draw for area and aspect, large rectangles would all be long.
     area = uniform(0.15, 0.20) * time * mel
     aspect = uniform(0.75, 1.5)
     time_size = (area * aspect).sqrt().round().clamp(1, time)  # [B, R, 1], patches in time

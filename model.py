@@ -132,7 +132,7 @@ class Block(nn.Module):
 
 @torch.no_grad()
 def init_weights(network: nn.Module) -> None:
-    """Normal of std 0.02 (truncated at 2, a hundred std away), zero biases, LayerNorm scale 1.
+    """Normal of std 0.02, zero biases, LayerNorm scale 1.
 
     Each block adds to the residual stream twice. The two projections of block i = 1, 2, ... that do
     so are divided by sqrt(2 i). The variance of the stream then grows as 1 + 1/2 + 1/3 + ..., with
@@ -189,18 +189,18 @@ class VisionTransformer(nn.Module):
         if (time, mel) != expected:
             raise ValueError(f"a spectrogram of {time} x {mel}, but the encoder takes {expected}")
 
-        # Cut it into patches, time-major: patch = t * mel_patches + f.
-        t, f = self.config.grid
-        patch_time, patch_mel = self.config.patch_size
-        patches = spectrogram.reshape(B, t, patch_time, f, patch_mel)
-        patches = patches.transpose(2, 3)  # [B, t, f, 16, 16]
-        patches = patches.reshape(B, t * f, patch_time * patch_mel)  # [B, N, 16 * 16]
+        # Cut it into patches, numbered t * mel_patches + f.
+        time_patches, mel_patches = self.config.grid
+        patch_time, patch_mel = self.config.patch_size  # 16 x 16
+        patches = spectrogram.reshape(B, time_patches, patch_time, mel_patches, patch_mel)
+        patches = patches.transpose(2, 3)  # [B, time_patches, mel_patches, 16, 16]
+        patches = patches.flatten(1, 2).flatten(2)  # [B, N, 256]
 
         pos_embed = self.pos_embed  # [N, D]
         if context_idx is not None:
-            # Masked patches are dropped before any work is spent on them. The visible ones keep
-            # their positions, so that their order in the sequence means nothing.
-            patches = patches.take_along_dim(context_idx.unsqueeze(-1), dim=1)  # [B, C, 16 * 16]
+            # Masked patches are dropped before any work is spent on them. Each visible patch
+            # keeps its own position, whatever is dropped around it.
+            patches = patches.take_along_dim(context_idx.unsqueeze(-1), dim=1)  # [B, C, 256]
             pos_embed = pos_embed[context_idx]  # [B, C, D]
         tokens = self.patch_embed(patches)  # [B, L, D], L = N or C
         tokens = run_blocks(self, tokens, pos_embed)
@@ -268,8 +268,8 @@ def normalise_targets(targets: Tensor, within: str = "token") -> Tensor:
     LayerNorm wherever it drifts, and the loss would shrink or grow with it, whatever is learned.
 
     Within a "token": over its features (like I-JEPA). Within a "clip": each feature over the tokens
-    of the clip (like data2vec). The second removes from a target everything that all tokens of the
-    clip share. That can be read off the visible patches, so predicting it teaches little.
+    of the clip (like data2vec). "clip" removes from a target everything that all tokens of the clip
+    share. That can be read off the visible patches, so predicting it teaches little.
     """
     axis = {"token": 2, "clip": 1}[within]
     targets = targets.float()

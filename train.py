@@ -8,9 +8,10 @@
 
 Masks, clips and schedules are pure functions of (seed, step). So one process, several processes,
 accumulated micro-batches, and a run that was stopped and started again with the same --out are all
-the same run on one kind of device, up to the rounding of sums in another order. To resume, a
-checkpoint needs the weights, the optimizer and the step. No random state is saved, because all
-randomness is drawn from the seed and the step.
+the same run on one kind of device, up to the rounding of sums in another order. A checkpoint holds
+no random state.
+
+`args` are all flags, `settings` those that define a run, `config` the sizes of the networks.
 
 Letters in the shape comments: B clips of a micro-batch, K masks of a clip, N patches of a clip,
 C visible and M masked ones, D encoder width, T spectrogram frames, F mel bands.
@@ -250,7 +251,7 @@ def train(args, stop):
     last = out / "last.pt"
     processes = launched_processes()
     try:
-        # ---- Build: the device, the data, the networks. If one is wrong, one line says so.
+        # ---- Build: the device, the data, the networks. An error becomes one line (see `fail`).
         device = choose_device()
         out.mkdir(parents=True, exist_ok=True)
         (out / "log.csv").touch()  # OSError if nothing can be written there
@@ -277,8 +278,9 @@ def train(args, stop):
                 say("measuring mean and std of the log-mel on the first 256 clips")
             log_mel.mean, log_mel.std = measure_mean_std(clips, log_mel, device, args.workers)
         connect(processes, device)
-        # The processes were not yet connected, so each has measured. All take what the first has
-        # chosen and measured.
+        # Each process has opened the data and measured it alone, so that a wrong flag or path is
+        # said at once, and nobody waits for a process that is gone. From here on all take what the
+        # first has chosen and measured.
         amp = choose_amp(args.amp, device.type, checkpoint)
         chosen = (amp, log_mel.mean, log_mel.std)
         amp, log_mel.mean, log_mel.std = from_all_processes(chosen)[0]
@@ -375,16 +377,18 @@ def train(args, stop):
 
 @torch.no_grad()
 def monitors(targets):
-    """Collapse diagnostics of the targets [B, N, D] of all processes.
+    """Collapse diagnostics. `targets` [B, N, D] are the clips of this process; all processes call
+    this together, and look at the clips of all.
 
-    In a collapse the first three fall, and mostly the last rises towards 1; the first two may
-    recover later. What is normal depends on the data and the batch size: compare with step 1.
+    In a collapse token_std, target_std and effective_rank fall, and mean_cosine usually rises
+    towards 1. The two stds may recover while the rank stays low, so watch the rank. What is normal
+    depends on the data and the batch size: compare with step 1.
 
     token_std: std over the tokens of a clip, mean over clips and features; 0 if the tokens of a
     clip are alike. The others look at the mean token of each clip:
     target_std: std over the clips, mean over the features; 0 if all clips are alike.
     effective_rank: how many directions they use, exp of the entropy of the singular values
-    (RankMe); at most min(B - 1, D).
+    (RankMe); at most D, and below the number of clips.
     mean_cosine: between two different clips; 1 if all point the same way.
     """
     token_std = mean_over_processes(targets.std(1, correction=0).mean()).item()
@@ -477,7 +481,8 @@ def cut_log(path, step):
     kept = []
     for line in path.read_text().splitlines(keepends=True):
         first = line.split(",")[0]
-        if first == "step" or int(first) <= step:
+        whole = line.endswith("\n")  # a full disk may cut the last line
+        if whole and (first == "step" or int(first) <= step):
             kept.append(line)
     path.write_text("".join(kept))
 
@@ -564,11 +569,12 @@ def resume(run, checkpoint, settings):
 
 
 def start_from(run, checkpoint):
-    """--init: begin with the networks of a checkpoint. ValueError: they do not fit."""
+    """--init: begin with the networks of a checkpoint, and nothing else of it. ValueError: they do
+    not fit. (The clip length may differ, because the positions are computed anew.)"""
     args = run.args
     config = vars(run.model.config)
-    theirs = checkpoint["config"]["model"] | {"time_bins": config["time_bins"]}  # may differ
-    if theirs != config:
+    stored = checkpoint["config"]["model"] | {"time_bins": config["time_bins"]}  # may differ
+    if stored != config:
         raise ValueError(
             f"--init {args.init} does not fit --model {args.model} --positions {args.positions}"
         )
@@ -625,8 +631,8 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float3
 
 
 def choose_amp(amp, device_type, checkpoint=None):
-    """--amp as one of PRECISIONS. `auto` is bf16 on hardware that supports it, and fp16 on older
-    GPUs. A resumed run keeps what it began with."""
+    """--amp as one of PRECISIONS. `auto` is bf16 on a GPU, or fp16 if that is too old for it; bf16
+    on a CPU where it is faster; else fp32. A resumed run keeps what it began with."""
     if amp != "auto":
         return amp
     if checkpoint is not None:
@@ -640,9 +646,9 @@ def choose_amp(amp, device_type, checkpoint=None):
 
 
 def bf16_is_faster():
-    """Time a matrix product on the CPU, because its flags do not tell: of two CPUs with bf16
-    instructions, one multiplied 4 times as fast as in fp32, the other half as fast. bf16 must win
-    clearly, because its casts cost time as well."""
+    """Time a matrix product on the CPU, because its feature flags do not predict it: of two CPUs
+    with bf16 instructions, one multiplied 4 times as fast as in fp32, the other half as fast. bf16
+    must win clearly, because its casts cost time as well."""
 
     def seconds(dtype):
         matrix = torch.ones(1024, 1024, dtype=dtype)
@@ -685,7 +691,7 @@ def connect(processes, device):
     if processes.count == 1:
         return
     if device.type == "cpu":
-        # torchrun gives each process one thread, however many cores there are.
+        # torchrun gives each process a single thread.
         torch.set_num_threads(max(1, usable_cores() // processes.local_count))
     store = next(dist.rendezvous("env://"))[0]
     if processes.local_count == processes.count:
@@ -813,12 +819,16 @@ def parse_args(argv):
     flag("--seed", 0, "of weights, clips and masks")
     flag("--save-every", 10000, "steps between kept checkpoints")
     flag("--log-every", 50, "steps between the lines of the log")
+    # Look for the recipe first, because --help shows its defaults.
     recipe = parser.parse_known_args(argv)[0].recipe
     parser.set_defaults(**RECIPES[recipe])
     add("-h", "--help", action="help", help="show these flags and the defaults of the recipe")
     args = parser.parse_args(argv)
     if args.warmup >= args.steps:
         args.warmup = args.steps // 10
+    for name in ("steps", "batch_size", "accum", "masks_per_clip", "save_every", "log_every"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')}: 1 or more is needed")
     # What does not fit together.
     unit = args.accum * launched_processes().count
     if args.batch_size % unit != 0:
