@@ -278,9 +278,8 @@ def train(args, stop):
                 say("measuring mean and std of the log-mel on the first 256 clips")
             log_mel.mean, log_mel.std = measure_mean_std(clips, log_mel, device, args.workers)
         connect(processes, device)
-        # Each process has opened the data and measured it alone, so that a wrong flag or path is
-        # said at once, and nobody waits for a process that is gone. From here on all take what the
-        # first has chosen and measured.
+        # Up to here each process has worked alone, so that a wrong flag or path ends all of them at
+        # once, and none waits for another. Now all take what the first has chosen and measured.
         amp = choose_amp(args.amp, device.type, checkpoint)
         chosen = (amp, log_mel.mean, log_mel.std)
         amp, log_mel.mean, log_mel.std = from_all_processes(chosen)[0]
@@ -631,8 +630,8 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float3
 
 
 def choose_amp(amp, device_type, checkpoint=None):
-    """--amp as one of PRECISIONS. `auto` is bf16 on a GPU, or fp16 if that is too old for it; bf16
-    on a CPU where it is faster; else fp32. A resumed run keeps what it began with."""
+    """--amp as one of PRECISIONS. `auto` on a GPU is bf16, or fp16 where the GPU has no bf16; on a
+    CPU it is bf16 if that is faster; else fp32. A resumed run keeps what it began with."""
     if amp != "auto":
         return amp
     if checkpoint is not None:
