@@ -117,7 +117,7 @@ class Block(nn.Module):
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim)
         hidden = int(dim * mlp_ratio)
-        layers = OrderedDict(
+        layers = OrderedDict(  # named, because init_weights scales the second Linear
             fc1=nn.Linear(dim, hidden),
             gelu=nn.GELU(),
             fc2=nn.Linear(hidden, dim),
