@@ -245,7 +245,7 @@ def save_embeddings(args, encoder):
             step=encoder.step,
             config=json.dumps(config),
         )
-    print(f"{args.out}: {len(recordings)} of {len(files)} recordings, {args.pool} embeddings")
+    print(f"{args.out}: {len(recordings)} of {len(files)} recordings embedded")
 
 
 # ------------------------------------------------------------------------------------------------

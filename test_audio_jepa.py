@@ -1212,7 +1212,7 @@ def embeddings(checkpoint, path, out, *flags):
 
 @pytest.fixture(scope="module")
 def pooled(checkpoint, recordings, tmp_path_factory):
-    """Embeddings of the recordings, by clip and by time."""
+    """Embeddings, a row for each recording and one for each 625 ms."""
     out = tmp_path_factory.mktemp("pooled") / "e.npz"
     by_recording = embeddings(checkpoint, recordings, out)
     return by_recording, embeddings(checkpoint, recordings, out, "--pool", "time")
