@@ -8,7 +8,7 @@ demo/pretrain   speech in 15 languages, music and effects, without labels
 demo/1h.txt     random recordings of demo/pretrain, an hour in all; demo/4h.txt, four hours
 demo/more       the same as demo/pretrain and 30 h out of other packages (with --more)
 
-Five labelled tasks in folds, each of which is tested once, after training on the others. No task
+Six labelled tasks in folds, each of which is tested once, after training on the others. No task
 shares a package with the sound to train on.
 
 demo/voices     which of 15 game characters speaks?     A fold has phrases of its own.
@@ -16,6 +16,7 @@ demo/letters    which of 20 languages is spoken?        A fold has letters and s
 demo/drums      which of 6 drums is it?                 A fold has drum kits of its own.
 demo/effects    explosion, step, jump, coin, ...?       A fold has games of its own.
 demo/music      which of 9 soundtracks?                 A fold has pieces of its own.
+demo/tones      which of 4 tones has the syllable?      A fold has a speaker of its own.
 """
 
 import random
@@ -188,6 +189,20 @@ def music(out):
                 soundfile.write(folder / f"{n:03d}-{quarter}.flac", samples, rate)
 
 
+def tones(out):
+    """Mandarin syllables of two speakers. The name of a folder is a syllable in Bopomofo and the
+    number of its tone. The first tone has no number, and 1 is the neutral tone, which is rare."""
+    for n, path in enumerate(sounds_of("gcin-voice", out)):
+        number = path.parent.name[-1]
+        if number == "1":
+            continue
+        tone = "tone1"
+        if number in "234":
+            tone = f"tone{number}"
+        speaker = "fold1" if path.stem == "3" else "fold2"
+        put(path, out / "tones" / speaker / tone, f"{n:05d}.ogg")
+
+
 def main(out, more):
     pretrain(PRETRAIN, out / "pretrain", out)
     random_hours(1, out)
@@ -195,7 +210,7 @@ def main(out, more):
     if more:
         pretrain(PRETRAIN, out / "more", out)
         pretrain(MORE, out / "more", out)
-    for task in (voices, letters, drums, effects, music):
+    for task in (voices, letters, drums, effects, music, tones):
         task(out)
 
 
