@@ -190,8 +190,9 @@ def music(out):
 
 
 def tones(out):
-    """Mandarin syllables of two speakers. The name of a folder is a syllable in Bopomofo and the
-    number of its tone. The first tone has no number, and 1 is the neutral tone, which is rare."""
+    """Mandarin syllables, each in 3.ogg and in 5.ogg, by two speakers. The name of a folder is a
+    syllable in Bopomofo and the number of its tone. The first tone has no number, and 1 is the
+    neutral tone, which is rare."""
     for n, path in enumerate(sounds_of("gcin-voice", out)):
         number = path.parent.name[-1]
         if number == "1":
@@ -199,8 +200,10 @@ def tones(out):
         tone = "tone1"
         if number in "234":
             tone = f"tone{number}"
-        speaker = "fold1" if path.stem == "3" else "fold2"
-        put(path, out / "tones" / speaker / tone, f"{n:05d}.ogg")
+        fold = "fold1"
+        if path.stem == "5":
+            fold = "fold2"
+        put(path, out / "tones" / fold / tone, f"{n:05d}.ogg")
 
 
 def main(out, more):
