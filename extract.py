@@ -4,10 +4,10 @@
     python extract.py CHECKPOINT DATA --out emb.npz          embeddings, one row per recording
     python extract.py CHECKPOINT DATA --probe knn linear     accuracies on train|test/LABEL/*
 
-A recording is cut into excerpts as long as a training clip (10 s); the last one is shorter. An
-excerpt of 10 s gives 16 rows, one for each 625 ms, and a row is made of 8 tokens, one for every 16
-mel bands. Training clips are filled up with sound instead of padding, so only the rows that
-hold sound enter the encoder. In the mean over a recording its last row counts by the share of it
+A recording is cut into excerpts as long as a training clip (10 s). An excerpt gives 16 rows, one
+for each 625 ms, and a row is made of 8 tokens, one for every 16 mel bands. The last excerpt is
+shorter. It is filled up with its own sound, because training clips are full of sound as well, and
+rows beyond its end are dropped. In the mean over a recording the last row counts by the share of it
 that holds sound: 7.3 s are 12 rows, and the last of them counts .68.
 
 Letters in the shape comments: B excerpts, N tokens of an excerpt, D encoder width, R rows of an
@@ -113,30 +113,34 @@ class AudioJEPAEncoder(nn.Module):
 
     def rows(self, excerpts, lengths):
         """Excerpts [B, excerpt_samples], of which the first `lengths` [B] samples are sound and the
-        others padding -> their rows [B, R, output_dim]. Rows without sound are 0, and no other row
-        attends to them."""
-        spectrogram = self.log_mel(excerpts)
-        counts = (lengths / self.samples_per_row).ceil().int()
-        rows = spectrogram.new_zeros(len(excerpts), self.rows_per_excerpt, self.output_dim)
-        for count in counts[counts > 0].unique().tolist():
-            same_count = counts == count
-            rows[same_count, :count] = self.encode(spectrogram[same_count], count)
-        return rows
-
-    def encode(self, spectrogram, count):
-        """[B, 1, T, F] -> [B, count, output_dim]: the first `count` rows, whose tokens alone enter
-        the network, so that it never hears padding."""
-        num_tokens = count * self.tokens_per_row
-        context_idx = torch.arange(num_tokens, device=self.device).expand(len(spectrogram), -1)
+        others padding -> their rows [B, R, output_dim]. Rows without sound are 0."""
+        spectrogram = self.log_mel(mirror(excerpts, lengths))
         precision = PRECISIONS[self.amp]
         if self.amp == "fp16" and self.device.type == "cpu":
             precision = torch.float32  # fp16 takes 25 times as long there
         with torch.autocast(self.device.type, dtype=precision, enabled=precision != torch.float32):
-            tokens = self.network(spectrogram, context_idx)  # [B, count * 8, D], time-major
-        tokens = tokens.float().unflatten(1, (count, self.tokens_per_row))  # [B, R, 8, D]
+            tokens = self.network(spectrogram)  # [B, N, D], time-major
+        rows = tokens.float().unflatten(1, (self.rows_per_excerpt, self.tokens_per_row))
         if self.bands == "concat":
-            return tokens.flatten(2)
-        return tokens.mean(2)
+            rows = rows.flatten(2)
+        else:
+            rows = rows.mean(2)
+        row_starts = self.samples_per_row * torch.arange(self.rows_per_excerpt, device=self.device)
+        without_sound = row_starts >= lengths.unsqueeze(1)  # [B, R]
+        return rows.masked_fill(without_sound.unsqueeze(2), 0)
+
+
+def mirror(excerpts, lengths):
+    """Fill up excerpts [B, samples], of which the first `lengths` [B] samples are sound, with that
+    sound played backwards, forwards, and so on.
+
+    The encoder has never met padding. Silence would spoil the tokens that it reaches into, and by
+    attention the others.
+    """
+    lengths = lengths.clamp(min=1).unsqueeze(1)  # [B, 1]
+    there_and_back = torch.arange(excerpts.shape[1], device=excerpts.device) % (2 * lengths)
+    source = torch.minimum(there_and_back, 2 * lengths - 1 - there_and_back)
+    return excerpts.gather(1, source)
 
 
 def load_encoder(path: str | os.PathLike, bands: str = "concat") -> AudioJEPAEncoder:

@@ -1218,7 +1218,7 @@ def pooled(checkpoint, recordings, tmp_path_factory):
     return by_recording, embeddings(checkpoint, recordings, out, "--pool", "time")
 
 
-# ---- The encoder as a module: only sound is encoded; X-ARES, fine-tuning
+# ---- The encoder as a module: padding is not heard; X-ARES, fine-tuning
 
 
 @pytest.mark.parametrize(
@@ -1231,12 +1231,12 @@ def test_a_waveform_gives_a_row_for_each_625_ms_that_it_reaches_into(encoder, sa
     assert made.isfinite().all()
 
 
-def test_rows_come_from_the_tokens_that_hold_sound_alone(encoder):
-    """By hand: 1 s reaches into two rows of 625 ms, 16 of the 128 tokens of 10 s."""
-    waveform = torch.randn(1, 32000)
-    spectrogram = encoder.log_mel(F.pad(waveform, (0, 9 * 32000)))
-    tokens = encoder.network(spectrogram, torch.arange(16).unsqueeze(0))
-    assert_close(encoder(waveform), tokens.view(1, 2, 512))
+def test_the_sound_is_mirrored_until_the_clip_is_full(encoder):
+    """By hand: a clip is 10 s, and 4 s reach into 7 of its 16 rows."""
+    waveform = torch.randn(1, 128000)
+    clip = torch.cat([waveform, waveform.flip(1), waveform], dim=1)[:, :320000]
+    tokens = encoder.network(encoder.log_mel(clip))
+    assert_close(encoder(waveform), tokens.view(1, 16, 512)[:, :7])
 
 
 @pytest.mark.parametrize("samples", [1000, 330000])
@@ -1573,12 +1573,14 @@ def test_extract_py_says_in_one_line_what_is_wrong(capsys, row):
 
 
 def test_the_weights_of_the_repository_tell_rising_from_falling_tones():
-    labels = torch.arange(3).repeat(60)  # falling, steady, rising
-    t = torch.arange(32000) / 32000
-    phase = t + (labels.unsqueeze(1) - 1) / 2 * (t**2 - t)
-    hertz = 400 * 2 ** (4 * torch.rand(180, 1))
-    waveforms = 0.1 * torch.sin(2 * math.pi * hertz * phase) + 0.001 * torch.randn(180, 32000)
-    train, test = torch.arange(180).split(90)
+    # As long as a clip: a shorter tone is mirrored, and a mirrored tone rises and falls.
+    samples = 80000
+    labels = torch.arange(3).repeat(120)  # falling, steady, rising
+    t = torch.arange(samples) / samples
+    phase = 2.5 * (t + (labels.unsqueeze(1) - 1) / 2 * (t**2 - t))
+    hertz = 400 * 2 ** (4 * torch.rand(360, 1))
+    waveforms = 0.1 * torch.sin(2 * math.pi * hertz * phase) + 0.001 * torch.randn(360, samples)
+    train, test = torch.arange(360).split(180)
     fold = extract.Fold(train, train % 5, train[:0], test)
     trained = extract.load_encoder(SMALL_WEIGHTS)
     for probe, margin in ((extract.linear, 0.1), (extract.knn, 0.0)):
