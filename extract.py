@@ -120,7 +120,8 @@ class AudioJEPAEncoder(nn.Module):
             precision = torch.float32  # fp16 takes 25 times as long there
         with torch.autocast(self.device.type, dtype=precision, enabled=precision != torch.float32):
             tokens = self.network(spectrogram)  # [B, N, D], time-major
-        rows = tokens.float().unflatten(1, (self.rows_per_excerpt, self.tokens_per_row))
+        grid = (self.rows_per_excerpt, self.tokens_per_row)
+        rows = tokens.float().unflatten(1, grid)  # [B, R, 8, D]
         if self.bands == "concat":
             rows = rows.flatten(2)
         else:
@@ -139,6 +140,7 @@ def mirror(excerpts, lengths):
     """
     lengths = lengths.clamp(min=1).unsqueeze(1)  # [B, 1]
     there_and_back = torch.arange(excerpts.shape[1], device=excerpts.device) % (2 * lengths)
+    # For a length of 3, there_and_back is 0 1 2 3 4 5 0 1 ..., and source 0 1 2 2 1 0 0 1 ...
     source = torch.minimum(there_and_back, 2 * lengths - 1 - there_and_back)
     return excerpts.gather(1, source)
 
