@@ -32,7 +32,6 @@ from tqdm import tqdm
 from data import UNREADABLE, AudioFiles, LogMel, whole_file
 from model import JEPAConfig, VisionTransformer
 from train import (
-    PRECISIONS,
     OneLineParser,
     choose_device,
     default_workers,
@@ -76,8 +75,6 @@ class AudioJEPAEncoder(nn.Module):
             self.log_mel = LogMel(**stored["config"]["log_mel"])
         self.step = stored["step"]
         self.bands = bands
-        # As in training, so that the rows are alike on all machines. Slow where bf16 is emulated.
-        self.amp = stored["settings"]["amp"]
         self.sampling_rate = self.log_mel.sample_rate
         self.excerpt_samples = round(self.sampling_rate * self.log_mel.clip_seconds)
         self.rows_per_excerpt, self.tokens_per_row = config.grid
@@ -115,11 +112,7 @@ class AudioJEPAEncoder(nn.Module):
         """Excerpts [B, excerpt_samples], of which the first `lengths` [B] samples are sound and the
         others padding -> their rows [B, R, output_dim]. Rows without sound are 0."""
         spectrogram = self.log_mel(mirror(excerpts, lengths))
-        precision = PRECISIONS[self.amp]
-        if self.amp == "fp16" and self.device.type == "cpu":
-            precision = torch.float32  # fp16 takes 25 times as long there
-        with torch.autocast(self.device.type, dtype=precision, enabled=precision != torch.float32):
-            tokens = self.network(spectrogram)  # [B, N, D], time-major
+        tokens = self.network(spectrogram)  # [B, N, D], time-major
         grid = (self.rows_per_excerpt, self.tokens_per_row)
         rows = tokens.float().unflatten(1, grid)  # [B, R, 8, D]
         if self.bands == "concat":
@@ -637,7 +630,6 @@ def from_authors(theirs):
     config = JEPAConfig(dim=dim, depth=depth, heads=dim // 64)
     return {
         "config": {"model": vars(config), "log_mel": None},
-        "settings": {"amp": "off"},
         "step": theirs["global_step"],
         "target_encoder": target,
     }
@@ -709,12 +701,6 @@ def parse_args(argv):
     add("--skip-bad", action="store_true", help="leave out recordings that cannot be used")
     add("--batch-size", type=int, default=32, help="excerpts that pass the encoder at once")
     add("--workers", type=int, default=default_workers(), help="processes that read")
-    add(
-        "--amp",
-        choices=["auto", *PRECISIONS],
-        default="auto",
-        help="mixed precision; auto: that of the training",
-    )
     args = parser.parse_args(argv)
     if args.out is not None and len(args.checkpoints) > 1:
         parser.error("--out takes one checkpoint")
@@ -733,14 +719,11 @@ def main(argv=None):
                 try_to_write(path)
         encoders = {}
         for path in args.checkpoints:
-            encoder = load_encoder(path, args.bands).to(choose_device())
-            if args.amp != "auto":
-                encoder.amp = args.amp
-            encoders[path] = encoder
+            encoders[path] = load_encoder(path, args.bands).to(choose_device())
         if args.probe:
             run_probes(args, encoders)
         else:
-            save_embeddings(args, encoder)
+            save_embeddings(args, encoders[args.checkpoints[0]])
     except (OSError, ValueError) as error:
         fail(error)
 

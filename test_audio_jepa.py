@@ -1175,7 +1175,6 @@ def checkpoint(tmp_path_factory):
         "format": "audio-jepa 2",
         "step": 3,
         "config": {"model": sizes, "log_mel": {"mean": -7.0, "std": 4.0}},
-        "settings": {"amp": "off"},
         "target_encoder": VisionTransformer(JEPAConfig(**sizes)).state_dict(),
     }
     path = tmp_path_factory.mktemp("checkpoint") / "last.pt"
@@ -1282,17 +1281,6 @@ def test_the_encoder_is_frozen_until_its_user_lifts_that(checkpoint):
     rows = encoder(torch.randn(2, 50000))
     (rows * torch.randn_like(rows)).sum().backward()
     assert all(parameter.grad.any() for parameter in encoder.parameters())
-
-
-def test_the_encoder_computes_in_the_precision_of_its_training(checkpoint, encoder, tmp_path):
-    stored = torch.load(checkpoint, weights_only=True)
-    stored["settings"] = {"amp": "bf16"}
-    torch.save(stored, tmp_path / "bf16.pt")
-    in_bf16 = extract.load_encoder(tmp_path / "bf16.pt")
-    waveform = torch.randn(1, 50000)
-    assert not torch.allclose(in_bf16(waveform), encoder(waveform), atol=1e-4)
-    in_bf16.amp = "off"
-    assert torch.equal(in_bf16(waveform), encoder(waveform))
 
 
 # ---- Embeddings of a folder
