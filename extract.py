@@ -114,7 +114,7 @@ class AudioJEPAEncoder(nn.Module):
         spectrogram = self.log_mel(mirror(excerpts, lengths))
         tokens = self.network(spectrogram)  # [B, N, D], time-major
         grid = (self.rows_per_excerpt, self.tokens_per_row)
-        rows = tokens.float().unflatten(1, grid)  # [B, R, 8, D]
+        rows = tokens.unflatten(1, grid)  # [B, R, 8, D]
         if self.bands == "concat":
             rows = rows.flatten(2)
         else:
