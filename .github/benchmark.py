@@ -22,23 +22,24 @@ from data import LogMel, clip_loader, clip_order
 from model import JEPA, count_millions
 
 
-def gflop_per_clip(config, masks_per_clip):
-    """Matrix products of a training step for one clip, half of it masked.
+def gflop_per_clip(config, masks_per_clip, mask_ratio):
+    """Matrix products of a training step for one clip.
 
     A backward pass costs twice its forward pass, and the target encoder has none.
     """
     time_patches, mel_patches = config.grid
     patches = time_patches * mel_patches
-    half = patches // 2
+    num_masked = round(mask_ratio * patches)
     with torch.device("meta"):  # sizes only: no memory, no arithmetic
         jepa = JEPA(config)
         spectrogram = torch.empty(1, 1, config.time_bins, config.mel_bins)
-        idx = torch.empty(1, half, dtype=torch.int64)
+        context_idx = torch.empty(1, patches - num_masked, dtype=torch.int64)
+        target_idx = torch.empty(1, num_masked, dtype=torch.int64)
         targets = torch.empty(1, patches, config.dim)
         with FlopCounterMode(display=False) as target:
             jepa.context_encoder(spectrogram)
         with FlopCounterMode(display=False) as trained:
-            jepa(spectrogram, idx, idx, targets)
+            jepa(spectrogram, context_idx, target_idx, targets)
     flop = target.get_total_flops() + 3 * masks_per_clip * trained.get_total_flops()
     return flop / 1e9
 
@@ -83,7 +84,8 @@ def measure(run, clips):
         train.train_step(run, next(steps), read())
 
     seconds(step_alone, device)  # allocates for masks of many sizes
-    args.mask_ratio = [0.5, 0.5]  # all steps are alike from here on
+    mean_ratio = sum(args.mask_ratio) / 2
+    args.mask_ratio = [mean_ratio, mean_ratio]  # all steps are alike from here on
     workers = max(args.workers, 1)  # they deliver in turn, so whole rounds are timed
     times = {"log-mel": seconds(log_mel, device), "step alone": seconds(step_alone, device)}
     batches = batches_of(args.workers)
@@ -110,7 +112,7 @@ def main():
     product = 2 * size**3 / seconds(lambda: matrix @ matrix, device) / 1e12
     if processes.is_first:
         print(f"{args.model}, batch {args.batch_size}, {precision}, {processes.count} processes")
-        gflop = gflop_per_clip(config, args.masks_per_clip)
+        gflop = gflop_per_clip(config, args.masks_per_clip, args.mask_ratio[0])
         print(f"{count_millions(run.model):.1f} M parameters, {gflop:.1f} GFLOP a clip and step")
         for name, time in times.items():
             print(f"{name:>14}  {args.batch_size / time:10.1f} clips/s")
