@@ -763,16 +763,17 @@ class OneLineParser(argparse.ArgumentParser):
 
 RECIPES = {  # flags that belong together; one that is given on the command line wins
     "paper": {},  # the defaults
-    "small": {  # for some hours of sound and three quarters of an hour of a CPU core
+    "small": {  # for some hours of sound, and two hours of two CPU cores or minutes of a GPU
         "model": "tiny",
         "clip_seconds": 2.5,
-        "batch_size": 32,
-        "masks_per_clip": 4,
-        "steps": 3000,
+        "batch_size": 64,
+        "mask_ratio": [0.7, 0.8],
+        "masks_per_clip": 8,
+        "steps": 6000,
         "lr": 2e-3,
-        "warmup": 500,
-        "ema": 0.99,
-        "ema_end": 0.9995,
+        "warmup": 1000,
+        "ema": 0.995,
+        "ema_end": 0.99975,
         "target_norm": "clip",
         "positions": "rotary",
     },
