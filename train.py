@@ -763,7 +763,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 RECIPES = {  # flags that belong together; one that is given on the command line wins
     "paper": {},  # the defaults
-    "small": {  # for some hours of sound, and two hours of two CPU cores or minutes of a GPU
+    "small": {  # for some hours of sound, and some hours of two CPU cores or minutes of a GPU
         "model": "tiny",
         "clip_seconds": 2.5,
         "batch_size": 64,
