@@ -23,7 +23,7 @@ from model import JEPA, count_millions
 
 
 def gflop_per_clip(config, masks_per_clip, mask_ratio):
-    """Matrix products of a training step for one clip.
+    """Matrix products of a training step for one clip, in units of 1e9.
 
     A backward pass costs twice its forward pass, and the target encoder has none.
     """
@@ -112,7 +112,8 @@ def main():
     product = 2 * size**3 / seconds(lambda: matrix @ matrix, device) / 1e12
     if processes.is_first:
         print(f"{args.model}, batch {args.batch_size}, {precision}, {processes.count} processes")
-        gflop = gflop_per_clip(config, args.masks_per_clip, args.mask_ratio[0])
+        mask_ratio = args.mask_ratio[0]  # both ends are the same since `measure`
+        gflop = gflop_per_clip(config, args.masks_per_clip, mask_ratio)
         print(f"{count_millions(run.model):.1f} M parameters, {gflop:.1f} GFLOP a clip and step")
         for name, time in times.items():
             print(f"{name:>14}  {args.batch_size / time:10.1f} clips/s")
