@@ -57,6 +57,8 @@ class JEPAConfig:
             size = getattr(self, name)
             if size % divisor != 0:
                 raise ValueError(f"{name} = {size}: a multiple of {divisor} is needed")
+        if self.positions not in ("sincos", "rotary"):
+            raise ValueError(f"positions are sincos or rotary, not {self.positions}")
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -214,6 +214,11 @@ def test_sizes_that_do_not_divide_are_refused_at_construction(name):
         JEPAConfig(heads=8, predictor_heads=8, **{name: 100})
 
 
+def test_unknown_positions_are_refused_at_construction():
+    with pytest.raises(ValueError, match="not rope"):
+        JEPAConfig(positions="rope")
+
+
 def test_a_block_is_the_pre_norm_layer_of_pytorch():
     block = model.Block(32, 2, mlp_ratio=4.0)
     layer = torch.nn.TransformerEncoderLayer(
