@@ -305,7 +305,7 @@ class Clips(Dataset):
         bad = []
         failures = 0  # in a row
         missing = self.length
-        while missing >= self.shortest_fill:
+        while not excerpts or missing >= self.shortest_fill:
             name = self.source.name(i)  # IndexError past the end, which ends `for clip in clips`
             try:
                 excerpt = self.source.excerpt(i, missing, rng)
@@ -487,14 +487,15 @@ def walk(root):
 
 
 def read_list(path):
-    """The paths in a list, one a line, relative to its folder. ValueError: a path names no file."""
+    """The paths in a list, one a line, absolute or relative to its folder. ValueError: a path names
+    no file."""
     with open(path, "rb") as file:
         names = [name for name in file.read().splitlines() if name]
     for name in names:
         if not os.path.isfile(os.path.join(os.path.dirname(path), name)):
             raise ValueError(
-                f"{printable(path)}: there is no file {printable(name)} in its folder (for several "
-                f"folders, put links to them into one); {USAGE}"
+                f"{printable(path)}: there is no file {printable(name)} (paths are absolute, or "
+                f"relative to the list); {USAGE}"
             )
     return names
 
@@ -505,7 +506,8 @@ def tar_members(root, shard):
         with tarfile.open(os.path.join(root, shard), "r:") as tar:
             for member in tar:
                 name = os.fsencode(os.path.normpath(member.name))  # not ./name
-                if member.isfile() and name.lower().endswith(AUDIO):
+                hidden = b"/." in b"/" + name
+                if member.isfile() and not hidden and name.lower().endswith(AUDIO):
                     place = (shard, member.offset_data, member.size)
                     yield b"%s/%s\0%s\0%d\0%d" % (shard, name, *place)
     except tarfile.TarError as error:
@@ -632,12 +634,16 @@ def usable_cores():
 
 def measure_recording(files, i):
     """Decode a recording to its end -> what it adds to the counts of `scan`."""
+    samples = 0
+    silent = True
     with files.open(i) as sound:
-        waveform = torch.cat(list(pieces(sound, 2**21, sound.samplerate)))
-    seconds = len(waveform) / sound.samplerate
+        for waveform in pieces(sound, 2**21, sound.samplerate):
+            samples += len(waveform)
+            silent = silent and not waveform.any()
+    seconds = samples / sound.samplerate
     return {
         "hours": seconds / 3600,
-        "silent": not waveform.any(),
+        "silent": silent,
         "shorter than 10 s": seconds < 10,
         f"{sound.samplerate} Hz": 1,
         f"{sound.channels} channels": 1,

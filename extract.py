@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT
 """What a frozen encoder is used for (sec. III.C): embeddings, probes, X-ARES.
 
-    python extract.py CHECKPOINT DATA --out emb.npz          embeddings, one row per recording
+    python extract.py CHECKPOINT DATA --out emb.npz          embeddings, one per recording
     python extract.py CHECKPOINT DATA --probe knn linear     accuracies on train|test/LABEL/*
 
 A recording is cut into excerpts as long as a training clip (10 s). An excerpt gives 16 rows, one
 for each 625 ms, and a row is made of 8 tokens, one for every 16 mel bands. The last excerpt is
-shorter. It is filled up with its own sound, because training clips are full of sound as well, and
-rows beyond its end are dropped. In the mean over a recording the last row counts by the share of it
-that holds sound: 7.3 s are 12 rows, and the last of them counts .68.
+shorter. It is filled up with its own sound, and rows beyond its end are dropped. The embedding of a
+recording is the mean of its rows. In it, the last row counts by the share of it that holds sound:
+7.3 s are 12 rows, and the last of them counts .68.
 
 Letters in the shape comments: B excerpts, N tokens of an excerpt, D encoder width, R rows of an
 excerpt (of an encoder, or the frames of a log-mel) or of a recording, E numbers in a row.
@@ -128,7 +128,7 @@ def mirror(excerpts, lengths):
     """Fill up excerpts [B, samples], of which the first `lengths` [B] samples are sound, with that
     sound played backwards, forwards, and so on.
 
-    The encoder has never met padding. Silence would spoil the tokens that it reaches into, and by
+    The encoder has hardly met padding. Silence would spoil the tokens that it reaches into, and by
     attention the others.
     """
     lengths = lengths.clamp(min=1).unsqueeze(1)  # [B, 1]
@@ -558,20 +558,20 @@ def run_probes(args, encoders):
     table = {}
     for name, encoder in encoders.items():
         result, labels, folds = accuracies(args, encoder)
-        tested = sum(len(fold.test) for fold in folds)
+        tested = torch.cat([labels[fold.test] for fold in folds])
         if not table:
-            commonest = sum(labels[fold.test].bincount().max().item() for fold in folds)
+            chance = tested.bincount().max().item() / len(tested)
             header = {
                 "classes": len(labels.unique()),
                 "folds": len(folds),
-                "test": tested,
-                "chance": round(commonest / tested, 3),  # of the commonest class as the only answer
+                "test": len(tested),
+                "chance": round(chance, 3),  # of the commonest class as the only answer
             }
             print("  ".join(f"{key} {value}" for key, value in header.items()))
         table[name] = result
         line = ""
         for probe, accuracy in result.items():
-            error = math.sqrt(accuracy * (1 - accuracy) / tested)  # binomial standard error
+            error = math.sqrt(accuracy * (1 - accuracy) / len(tested))  # binomial standard error
             line += f"{probe} {accuracy:.3f} +- {error:.3f}   "
         print(line + name, flush=True)
     if args.json:
@@ -695,7 +695,7 @@ def parse_args(argv):
         "--pool",
         choices=["recording", "time"],
         default="recording",
-        help="one row a recording, the mean, or a row each 625 ms",
+        help="one embedding a recording, the mean of its rows, or all rows",
     )
     add("--json", metavar="FILE", help="write the accuracies as well")
     add("--skip-bad", action="store_true", help="leave out recordings that cannot be used")
@@ -705,7 +705,7 @@ def parse_args(argv):
     if args.out is not None and len(args.checkpoints) > 1:
         parser.error("--out takes one checkpoint")
     if args.probe and args.pool == "time":
-        parser.error("--pool time goes with --out: a probe has one row a recording")
+        parser.error("--pool time goes with --out: a probe has one embedding a recording")
     if args.json is not None and not args.probe:
         parser.error("--json goes with --probe")
     return args

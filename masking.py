@@ -11,8 +11,8 @@ patches in brackets:
     f = 0      0     3     6   [ 9]
              t = 0 t = 1 t = 2 t = 3
 
-Letters in the shape comments: B masks, one for each clip of a batch or several, N patches of a
-clip, C context (visible) patches, M masked patches, R rectangles.
+Letters in the shape comments: B masks, one or several for each clip, N patches of a clip, C
+context (visible) patches, M masked patches, R rectangles.
 
 `python masking.py` draws one mask of each kind.
 """
@@ -117,6 +117,7 @@ def draw_masks(
     rng = random.Random(f"masks of seed {seed}, step {step}")
     num_patches = grid[0] * grid[1]
     num_masked = round(rng.uniform(*mask_ratio) * num_patches)
+    num_masked = min(max(num_masked, 1), num_patches - 1)  # on a small grid
     generator = torch.Generator(device).manual_seed(rng.getrandbits(63))
     return mask_fn(batch_size, grid, num_masked, generator)
 
@@ -131,15 +132,12 @@ def ema_decay(step: int, steps: int, base: float = 0.996, end: float = 1.0) -> f
 def update_ema(target: nn.Module, context: nn.Module, decay: float) -> None:
     """Eq. (3), theta_tgt <- tau theta_tgt + (1 - tau) theta_ctx, in place, with tau = `decay`.
 
-    Covers every parameter and buffer of the two modules; ValueError if their names differ. Call it
-    right after every optimizer step, on fp32 weights: at tau = 0.9999 the change is smaller than
-    bf16 can resolve, so a bf16 weight would never move.
+    Covers every parameter and buffer of the two modules, which have the same names. Call it right
+    after every optimizer step, on fp32 weights: at tau = 0.9999 the change is smaller than bf16 can
+    resolve, so a bf16 weight would never move.
     """
     context_state = context.state_dict()
     target_state = target.state_dict()  # these are the module's own tensors, not copies
-    if target_state.keys() != context_state.keys():
-        different = sorted(target_state.keys() ^ context_state.keys())
-        raise ValueError(f"the two encoders differ in {different}")
     for name, tensor in target_state.items():
         if tensor.is_floating_point():
             tensor.lerp_(context_state[name], 1 - decay)

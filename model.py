@@ -246,8 +246,9 @@ class Predictor(nn.Module):
 
 
 # Both losses take predictions and targets [B, M, D] and average over the masked tokens. Predictions
-# start near 0 and targets have variance 1, so eq. (2), a sum over the width, starts near D, and the
-# cosine near 2. The same learning rate suits both, because AdamW divides each gradient by its size.
+# start small and targets have variance 1, so eq. (2), a sum over the width, starts above D by 4 to
+# 20 %, and the cosine near 2. The same learning rate suits both, because AdamW divides each
+# gradient by its size.
 
 
 def l2_loss(predictions: Tensor, targets: Tensor) -> Tensor:
@@ -295,15 +296,15 @@ class JEPA(nn.Module):
         self.target_norm = target_norm
 
     def forward(self, spectrogram, context_idx, target_idx, targets):
-        context = self.context_encoder(spectrogram, context_idx)  # [B, C, D], c = f_ctx(x \ M)
-        predictions = self.predictor(context, context_idx, target_idx)  # [B, M, D], g_pred(c)
+        context = self.context_encoder(spectrogram, context_idx)  # [B, C, D]
+        predictions = self.predictor(context, context_idx, target_idx)  # [B, M, D]
         # Stop-gradient: the targets are constants here. If gradient descent could move them too,
         # it would take the cheapest way: map every clip to one constant, which is predicted without
         # error and says nothing (collapse). In train.py no gradient could reach them anyway,
         # because the target encoder runs under no_grad and no optimizer holds its weights. `detach`
         # makes sure of it for any other caller.
         targets = normalise_targets(targets.detach(), self.target_norm)  # [B, N, D]
-        # Keep those of the masked patches: [B, M, D], f_tgt(x)_j for j in M.
+        # Keep those of the masked patches: [B, M, D].
         targets = targets.take_along_dim(target_idx.unsqueeze(-1), dim=1)
         return self.loss_function(predictions.float(), targets)
 

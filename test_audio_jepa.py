@@ -245,7 +245,7 @@ def test_weights_start_with_the_std_that_is_claimed():
 
 
 def test_autocast_does_not_round_the_residual_stream():
-    encoder = VisionTransformer(SMALL)
+    encoder = VisionTransformer(dataclasses.replace(SMALL, positions="rotary"))
     with torch.autocast("cpu", torch.bfloat16):
         assert encoder(a_spectrogram()).dtype == torch.float32
 
@@ -424,6 +424,13 @@ def test_the_masked_ratio_is_drawn_once_a_step_over_its_whole_range():
     assert counts == set(range(51, 78))
 
 
+@BOTH_MASKS
+@pytest.mark.parametrize("ratio", [0.01, 0.99])
+def test_some_patches_are_masked_and_some_visible_even_on_a_small_grid(mask, ratio):
+    context_idx, target_idx = masking.draw_masks(mask, 0, 0, 2, (1, 8), (ratio, ratio), "cpu")
+    assert {context_idx.shape[1], target_idx.shape[1]} == {1, 7}
+
+
 def test_ema_decay_is_byols_cosine():
     decays = [masking.ema_decay(step, 100) for step in (0, 50, 100)]
     assert decays == pytest.approx([0.996, 0.998, 1])
@@ -499,6 +506,7 @@ def test_every_layout_gives_the_recordings_of_the_folder(tmp_path, layout):
     for i, name in enumerate(names):
         with tarfile.open(tmp_path / "shards" / f"{i // 2}.tar", "a") as tar:
             tar.add(tmp_path / name, name)
+            tar.add(tmp_path / "list.txt", "a/._" + name[2:])  # of macOS
     expected = data.AudioClips(tmp_path / "a", clip_seconds=1.25)
     clips = data.AudioClips(tmp_path / layout, clip_seconds=1.25)
     assert len(clips) == 4
@@ -888,8 +896,7 @@ def interrupt(launch, number, step, out, *flags):
 @pytest.mark.parametrize(
     "interruption, processes, flags, tolerance",
     [
-        (None, 1, "--accum 4", 1e-4),  # sums are rounded in another order
-        (None, 2, "--accum 2", 1e-4),
+        (None, 2, "--accum 2", 1e-4),  # sums are rounded in another order
         (signal.SIGTERM, 1, "--workers 2", 0.0),
         (signal.SIGKILL, 1, "--workers 0", 0.0),
         (signal.SIGTERM, 2, "--accum 1", 1e-4),
@@ -1084,6 +1091,7 @@ TRAIN_REFUSES = """
 2  --log-every 0                            --log-every
 2  --sample-rate 44100                      a multiple of 128
 2  --clip-seconds 4                         a multiple of 0.625
+2  --clip-seconds 0                         a multiple of 0.625
 2  --mask-ratio 0 0.5                       --mask-ratio
 2  --mask-ratio 0.6 0.4                     --mask-ratio
 2  --model huge                             huge
@@ -1454,6 +1462,13 @@ def test_the_json_tells_what_was_tested(checkpoint, tmp_path, splits, expected):
     assert [found[name] for name in ("classes", "folds", "test")] == expected
 
 
+def test_chance_is_the_share_of_the_commonest_class_over_all_folds(checkpoint, tmp_path):
+    for path in ("fold1/a/1", "fold1/a/2", "fold1/b/1", "fold2/b/1", "fold2/b/2", "fold2/a/1"):
+        (tmp_path / "task" / path).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(tmp_path / "task" / f"{path}.wav", noise(0.1), 32000)
+    assert probe([checkpoint], tmp_path / "task", "knn")["chance"] == 0.5
+
+
 def test_folders_called_fold_are_tested_in_turn_and_kept_apart():
     names = [f"fold{n // 2}/{n % 2}/x.wav" for n in range(6)]
     _, folds = extract.read_task("x", names)
@@ -1659,7 +1674,8 @@ def test_every_flag_in_the_readme_exists():
         "--ntasks-per-node --gpus-per-node --cpus-per-task --signal --requeue --nnodes --rdzv"
     )
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - set(of_others.split())
-    assert [flag for flag in named if flag not in "".join(help_texts)] == []
+    known = set(re.findall(r"--[a-z][a-z-]+", "".join(help_texts)))
+    assert sorted(named - known) == []
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

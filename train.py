@@ -139,7 +139,7 @@ def train_step(run: Run, step: int, clips: list[Tensor]) -> StepResult:
                 with torch.no_grad():
                     targets = run.target_encoder(spectrogram)  # [B, N, D]
                 # 3. Context, prediction, loss, for each mask. All masks of a clip share its
-                # targets, which see the whole clip.
+                # targets.
                 loss = run.ddp_model(
                     spectrogram.repeat_interleave(args.masks_per_clip, dim=0),
                     context_idx[masks],
@@ -416,7 +416,7 @@ def explained(jepa, loss, targets, target_idx):
     A blind predictor hears nothing: it predicts the mean target of each position over the batch of
     all processes. At 0 or below, nothing about the sound is predicted, however small the loss is; 1
     is a perfect prediction. In a small batch the number is lower, because a clip is a part of its
-    own mean. targets [B, N, D], target_idx [B, M].
+    own mean. targets [B K, N, D], repeated for the K masks; target_idx [B K, M].
     """
     targets = normalise_targets(targets, jepa.target_norm)
     mean = mean_over_processes(targets.mean(0)).to(targets.device)  # [N, D]
@@ -839,7 +839,7 @@ def parse_args(argv):
     low, high = args.mask_ratio
     if not 0 < low <= high < 1:
         parser.error(f"--mask-ratio {low} {high}: 0 < from <= to < 1 is needed")
-    if args.clip_seconds % PATCH_SECONDS != 0:
+    if args.clip_seconds < PATCH_SECONDS or args.clip_seconds % PATCH_SECONDS != 0:
         parser.error(f"--clip-seconds {args.clip_seconds}: a multiple of {PATCH_SECONDS} is needed")
     return args
 

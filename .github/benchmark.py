@@ -107,7 +107,7 @@ def main():
     run = train.build_run(args, config, log_mel.to(device), processes, device, precision)
     times = measure(run, clips)
 
-    size = 4096 if device.type == "cpu" else 8192
+    size = 2048 if device.type == "cpu" else 8192
     matrix = torch.randn(size, size, device=device, dtype=precision)
     product = 2 * size**3 / seconds(lambda: matrix @ matrix, device) / 1e12
     if processes.is_first:
