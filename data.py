@@ -395,7 +395,7 @@ class Batches(Dataset):
                 batch.share_memory_()
             except RuntimeError as error:
                 raise OSError(
-                    "no shared memory for a batch: docker run --shm-size=8g gives more, "
+                    "no shared memory for a batch: docker run --shm-size=16g gives more, "
                     f"--workers 0 needs none ({error})"
                 ) from None
         return Batch(batch, sum(reads), sum(bad, []))
@@ -590,7 +590,7 @@ def whole_file(path):
     except (OSError, RuntimeError) as error:
         # torch.save hides the disk's error behind its own.
         raise OSError(
-            f"cannot write {path}: {error.__context__ or error}; what was there before is kept"
+            f"{path} is not written: {error.__context__ or error}; what was there before is kept"
         ) from error
     finally:
         if os.path.exists(temporary):
@@ -626,7 +626,7 @@ def attempt(files, work, i):
 
 
 def usable_cores():
-    """The cores that this process may use: fewer than the machine's under Slurm or Docker."""
+    """The cores that this process may use: fewer than the machine's under Slurm."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS
         return len(os.sched_getaffinity(0))
     return os.cpu_count()

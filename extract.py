@@ -467,7 +467,7 @@ def read_task(data, names):
         f"{data}: a task is train/LABEL/* and test/LABEL/* (and valid/LABEL/*), or fold1/LABEL/*, "
         "fold2/LABEL/* and so on, or LABEL/*, with two labels or more"
     )
-    paths = [name.split("/") for name in names]
+    paths = [name.replace(".tar/", "/").split("/") for name in names]  # or train.tar, test.tar
     groups = [path[0] for path in paths]
     splits = {"train", "valid", "test"}
     has_splits = {"train", "test"} <= set(groups) <= splits
@@ -636,8 +636,8 @@ def from_authors(theirs):
 
 
 class AuthorsLogMel(LogMel):
-    """The front end of the authors' weights: a hop of 1243, a window of 3108, peak-normalised
-    waveforms, the 255 frames that lie inside the clip, and zeros for the 256th."""
+    """The front end of the authors' weights: a hop of 1243, a window of 3108, waveforms of mean 0
+    and peak 1, the 255 frames that lie inside the clip, and zeros for the 256th."""
 
     config = None  # nothing can be chosen
 
@@ -648,6 +648,7 @@ class AuthorsLogMel(LogMel):
         self.window = torch.hann_window(self.window_length, periodic=False)
 
     def frames(self, waveform):
+        waveform = waveform - waveform.mean(dim=1, keepdim=True)
         peak = waveform.abs().amax(dim=1, keepdim=True).clamp(min=1e-6)
         # The first window of LogMel begins 933 samples before the waveform. With 310 zeros in
         # front, the second one, a hop later, begins with it.

@@ -124,7 +124,7 @@ def train_step(run: Run, step: int, clips: list[Tensor]) -> StepResult:
     )
     losses = []
     for micro, share in enumerate(run.shares):
-        masks = slice(share.start * args.masks_per_clip, share.stop * args.masks_per_clip)
+        rows = slice(share.start * args.masks_per_clip, share.stop * args.masks_per_clip)
         spectrogram = run.log_mel(clips[micro].to(run.device, non_blocking=True))  # [B, 1, T, F]
         # DDP averages the gradients over the processes during `backward`. Once a step is enough, so
         # before the last micro-batch they are only added up in each process.
@@ -142,14 +142,14 @@ def train_step(run: Run, step: int, clips: list[Tensor]) -> StepResult:
                 # targets.
                 loss = run.ddp_model(
                     spectrogram.repeat_interleave(args.masks_per_clip, dim=0),
-                    context_idx[masks],
-                    target_idx[masks],
+                    context_idx[rows],
+                    target_idx[rows],
                     targets.repeat_interleave(args.masks_per_clip, dim=0),
                 )
             run.scaler.scale(loss / args.accum).backward()
         losses.append(loss.detach())
         result.targets.append(targets)
-        result.target_idx.append(target_idx[masks])
+        result.target_idx.append(target_idx[rows])
     result.loss = torch.stack(losses).mean().item()
 
     # Skip a step whose gradient is not finite. All processes have the same gradient by now, so all
@@ -289,7 +289,8 @@ def train(args, stop):
         settings = {name: getattr(args, name) for name in DEFINE_A_RUN}
         settings["data"] = clips.source.fingerprint  # the recordings instead of their path
         settings["amp"] = amp  # the precision that --amp auto has chosen
-        refuse_disagreement(settings | {"step": progress.step})
+        alike = {"step": progress.step, "accum": args.accum, "log_every": args.log_every}
+        refuse_disagreement(settings | alike | {"init": args.init})
         if checkpoint is not None:
             resume(run, checkpoint, settings)
         elif initial is not None:
@@ -317,17 +318,18 @@ def train(args, stop):
     for step in tqdm(steps, initial=progress.step, total=args.steps, disable=hide_bar):
         began = time.perf_counter()
         micro_batches = [next(batches) for _ in range(args.accum)]
-        interval.waited += time.perf_counter() - began
+        waited = time.perf_counter() - began
         bad = sum([batch.bad for batch in micro_batches], [])
         list_bad_files(out / "bad_files.txt", bad)
         result = train_step(run, step, [batch.clips for batch in micro_batches])
 
         reads = sum(batch.reads for batch in micro_batches)
-        numbers = [result.loss / processes.count, reads, len(bad), stop.requested]
-        sums = torch.tensor(numbers, device=device)  # one exchange for all four
+        numbers = [result.loss / processes.count, waited, reads, len(bad), stop.requested]
+        sums = torch.tensor(numbers, device=device)  # one exchange for all five
         if processes.count > 1:
             dist.all_reduce(sums)
-        loss, all_reads, all_bad, stops = sums.tolist()
+        loss, waited, all_reads, all_bad, stops = sums.tolist()
+        interval.waited += waited / processes.count
         seconds = time.perf_counter() - began
         interval.seconds += seconds
         progress.seconds += seconds

@@ -9,16 +9,19 @@ demo/1h.txt     random recordings of demo/pretrain, an hour in all; demo/4h.txt,
 demo/more       the same as demo/pretrain and 30 h out of other packages (with --more)
 
 Six labelled tasks in folds, each of which is tested once, after training on the others. No task
-shares a package with the sound to train on.
+shares a package with the sound to train on, and no sound is in a task twice.
 
 demo/voices     which of 15 game characters speaks?     A fold has phrases of its own.
-demo/letters    which of 20 languages is spoken?        A fold has letters and syllables of its own.
+demo/letters    which of 20 languages is spoken?        A fold has letters of its own, by language.
 demo/drums      which of 6 drums is it?                 A fold has drum kits of its own.
 demo/effects    explosion, step, jump, coin, ...?       A fold has games of its own.
 demo/music      which of 9 soundtracks?                 A fold has pieces of its own.
 demo/tones      which of 4 tones has the syllable?      A fold has a speaker of its own.
+
+Drums and effects are labelled by the names of their files.
 """
 
+import hashlib
 import random
 import re
 import shutil
@@ -26,6 +29,7 @@ import subprocess
 import sys
 import zipfile
 import zlib
+from collections import defaultdict
 from pathlib import Path
 
 import soundfile
@@ -52,16 +56,16 @@ DRUMS = {  # how the kits name them
     "tom": r"tom",
     "cymbal": r"crash|ride|cymb|splash|china",
 }
-EFFECTS = {  # how games name them
+EFFECTS = {  # how games name them; (?!...) and (?<!...) leave out what only looks like it
     "coin": r"coin|pick.?up|bonus|power.?up|collect|treasure",
-    "engine": r"engine|motor|thrust|jet",
-    "explosion": r"explo|boom|blast|grenade",
-    "jump": r"jump|bounce|boing",
-    "menu": r"click|button|menu|select|beep",
-    "pain": r"pain|hurt|die|death|dead|scream|ouch|ugh",
-    "shot": r"laser|shot|shoot|gun|rifle|cannon",
-    "step": r"step|walk|foot",
-    "water": r"water|splash|swim|rain|bubble|drip",
+    "engine": r"engine(?!er)|motor|thrust|jet",
+    "explosion": r"explo|boom(?!erang)|blast(?!er)",
+    "jump": r"jump(?! )|bounce|boing",  # not the "jump drive" of a spaceship
+    "menu": r"click|button|menu|^select|select_|beep",  # not a voice: "engineer_select"
+    "pain": r"pain|hurt|(?<!bir)(?<![._])die(?!r)|death|dead|scream|ouch|(?<!la)ugh",
+    "shot": r"laser|(?<!head|nice)(?<!lucky|bank_)shot|shoot|gun(?!powder)|rifle|cannon(?!_)",
+    "step": r"(?<!zap)step|walk$",
+    "water": r"water|splash|swim|(?<![td ])rain|bubble|drip",
 }
 GAMES = (  # dealt out to the folds in this order, so that no fold has most of the steps
     "ardentryst minetest-data redeclipse-data lugaru-data boswars-data btanks-data bzflag-data "
@@ -79,9 +83,9 @@ SOUNDS = (".wav", ".ogg", ".opus", ".flac", ".mp3", ".aiff")
 def sounds_of(package, out):
     """Download and unpack a package -> the paths of its sounds."""
     folder = out / ".packages" / package
-    if not folder.exists():
+    if not (folder / "usr").exists():
         print("getting", package, flush=True)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         subprocess.run(["apt-get", "download", "-qq", package], cwd=folder, check=True)
         subprocess.run("dpkg-deb -x *.deb . && rm *.deb", shell=True, cwd=folder, check=True)
         for archive in folder.rglob("*.pk3"):
@@ -141,7 +145,7 @@ def random_hours(hours, out):
 def voices(out):
     for n, path in enumerate(sounds_of("hedgewars-data", out)):
         if "voices" in path.parts:
-            phrase = path.stem.lower()  # the same names in each voice: "hello", "missed"
+            phrase = path.stem.lower().rstrip("0123456789")  # in each voice: "hello", "ow1", "ow2"
             put(path, out / "voices" / fold_of(phrase, 4) / path.parent.name, f"{n:05d}.ogg")
 
 
@@ -177,9 +181,9 @@ def effects(out):
 def music(out):
     """Four excerpts of 10 s from each piece."""
     for package in SOUNDTRACKS.split():
-        for n, path in enumerate(sounds_of(package, out)):
-            if seconds(path) < 45:
-                continue
+        pieces = [path for path in sounds_of(package, out) if seconds(path) >= 45]
+        pieces = [path for path in pieces if path.stem != "guitar"]  # plays to song.ogg
+        for n, path in enumerate(pieces):
             sound = soundfile.info(path)
             folder = out / "music" / f"fold{1 + n % 4}" / package
             folder.mkdir(parents=True, exist_ok=True)
@@ -206,6 +210,19 @@ def tones(out):
         put(path, out / "tones" / fold / tone, f"{n:05d}.ogg")
 
 
+def remove_copies(task):
+    """Keep one of the files that are alike, and none if their labels differ."""
+    copies = defaultdict(list)
+    for path in sorted(task.rglob("*.*")):
+        copies[hashlib.md5(path.read_bytes()).digest()].append(path)
+    for paths in copies.values():
+        labels = {path.parent.name for path in paths}
+        if len(labels) == 1:
+            paths = paths[1:]
+        for path in paths:
+            path.unlink()
+
+
 def main(out, more):
     pretrain(PRETRAIN, out / "pretrain", out)
     random_hours(1, out)
@@ -215,6 +232,7 @@ def main(out, more):
         pretrain(MORE, out / "more", out)
     for task in (voices, letters, drums, effects, music, tones):
         task(out)
+        remove_copies(out / task.__name__)
 
 
 if __name__ == "__main__":
