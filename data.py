@@ -305,7 +305,7 @@ class Clips(Dataset):
         bad = []
         failures = 0  # in a row
         missing = self.length
-        while not excerpts or missing >= self.shortest_fill:
+        while not excerpts or missing >= self.shortest_fill:  # a clip may be shorter than that
             name = self.source.name(i)  # IndexError past the end, which ends `for clip in clips`
             try:
                 excerpt = self.source.excerpt(i, missing, rng)

@@ -558,20 +558,20 @@ def run_probes(args, encoders):
     table = {}
     for name, encoder in encoders.items():
         result, labels, folds = accuracies(args, encoder)
-        tested = torch.cat([labels[fold.test] for fold in folds])
+        answers = torch.cat([labels[fold.test] for fold in folds])
         if not table:
-            chance = tested.bincount().max().item() / len(tested)
+            chance = answers.bincount().max().item() / len(answers)
             header = {
                 "classes": len(labels.unique()),
                 "folds": len(folds),
-                "test": len(tested),
+                "test": len(answers),
                 "chance": round(chance, 3),  # of the commonest class as the only answer
             }
             print("  ".join(f"{key} {value}" for key, value in header.items()))
         table[name] = result
         line = ""
         for probe, accuracy in result.items():
-            error = math.sqrt(accuracy * (1 - accuracy) / len(tested))  # binomial standard error
+            error = math.sqrt(accuracy * (1 - accuracy) / len(answers))  # binomial standard error
             line += f"{probe} {accuracy:.3f} +- {error:.3f}   "
         print(line + name, flush=True)
     if args.json:

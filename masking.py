@@ -117,7 +117,7 @@ def draw_masks(
     rng = random.Random(f"masks of seed {seed}, step {step}")
     num_patches = grid[0] * grid[1]
     num_masked = round(rng.uniform(*mask_ratio) * num_patches)
-    num_masked = min(max(num_masked, 1), num_patches - 1)  # on a small grid
+    num_masked = min(max(num_masked, 1), num_patches - 1)  # a small grid may round to none or all
     generator = torch.Generator(device).manual_seed(rng.getrandbits(63))
     return mask_fn(batch_size, grid, num_masked, generator)
 

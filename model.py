@@ -281,7 +281,7 @@ def normalise_targets(targets: Tensor, within: str = "token") -> Tensor:
 
 
 class JEPA(nn.Module):
-    """Everything that gradient descent trains: context encoder and predictor, up to the loss.
+    """Eqs. (1) and (2): all that gradient descent trains, which is context encoder and predictor.
 
     (spectrogram [B, 1, T, F], context_idx [B, C], target_idx [B, M], targets [B, N, D]) -> scalar.
     `targets` is what the target encoder makes of the whole clip.

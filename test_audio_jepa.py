@@ -642,6 +642,11 @@ def test_a_clip_is_a_pure_function_of_seed_epoch_and_number(sounds, kind):
         assert read(*other) != clip
 
 
+def test_a_clip_may_be_shorter_than_a_patch():
+    (clip,) = data.SyntheticClips(num_clips=1, clip_seconds=0.5)
+    assert len(clip) == 16000
+
+
 def test_any_data_loader_takes_clips_and_subsets_of_them(sounds):
     clips = data.AudioClips(sounds, clip_seconds=2.5)
     (batch,) = DataLoader(Subset(clips, [3, 1]), batch_size=2, num_workers=1)
@@ -1478,6 +1483,13 @@ def test_folders_called_fold_are_tested_in_turn_and_kept_apart():
     assert [fold.test.tolist() for fold in folds] == [[0, 1], [2, 3], [4, 5]]
     assert folds[0].train.tolist() == [2, 3, 4, 5]
     assert folds[0].inner_fold.tolist() == [1, 1, 2, 2]  # of the cross-validation
+
+
+def test_tars_called_train_and_test_are_the_splits_of_a_task():
+    names = ["train.tar/a/1.wav", "train.tar/b/2.wav", "test.tar/b/3.wav"]
+    labels, (fold,) = extract.read_task("x", names)
+    assert labels.tolist() == [0, 1, 1]
+    assert fold.test.tolist() == [2]
 
 
 def test_folders_by_label_are_tested_a_fifth_at_a_time():

@@ -138,8 +138,7 @@ def train_step(run: Run, step: int, clips: list[Tensor]) -> StepResult:
                 # because of the stop-gradient: see JEPA.forward.
                 with torch.no_grad():
                     targets = run.target_encoder(spectrogram)  # [B, N, D]
-                # 3. Context, prediction, loss, for each mask. All masks of a clip share its
-                # targets.
+                # 3. Context, prediction and loss of each mask. The masks of a clip share targets.
                 loss = run.ddp_model(
                     spectrogram.repeat_interleave(args.masks_per_clip, dim=0),
                     context_idx[rows],
@@ -289,8 +288,9 @@ def train(args, stop):
         settings = {name: getattr(args, name) for name in DEFINE_A_RUN}
         settings["data"] = clips.source.fingerprint  # the recordings instead of their path
         settings["amp"] = amp  # the precision that --amp auto has chosen
-        alike = {"step": progress.step, "accum": args.accum, "log_every": args.log_every}
-        refuse_disagreement(settings | alike | {"init": args.init})
+        # What may change when a run is resumed, but not from process to process.
+        others = {"accum": args.accum, "log_every": args.log_every, "init": args.init}
+        refuse_disagreement({"step": progress.step} | settings | others)
         if checkpoint is not None:
             resume(run, checkpoint, settings)
         elif initial is not None:

@@ -9,7 +9,7 @@ demo/1h.txt     random recordings of demo/pretrain, an hour in all; demo/4h.txt,
 demo/more       the same as demo/pretrain and 30 h out of other packages (with --more)
 
 Six labelled tasks in folds, each of which is tested once, after training on the others. No task
-shares a package with the sound to train on, and no sound is in a task twice.
+shares a package with the sound to train on, and no file is in a task twice.
 
 demo/voices     which of 15 game characters speaks?     A fold has phrases of its own.
 demo/letters    which of 20 languages is spoken?        A fold has letters of its own, by language.
@@ -83,7 +83,7 @@ SOUNDS = (".wav", ".ogg", ".opus", ".flac", ".mp3", ".aiff")
 def sounds_of(package, out):
     """Download and unpack a package -> the paths of its sounds."""
     folder = out / ".packages" / package
-    if not (folder / "usr").exists():
+    if not (folder / "usr").exists():  # or a download was interrupted
         print("getting", package, flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         subprocess.run(["apt-get", "download", "-qq", package], cwd=folder, check=True)
@@ -182,7 +182,7 @@ def music(out):
     """Four excerpts of 10 s from each piece."""
     for package in SOUNDTRACKS.split():
         pieces = [path for path in sounds_of(package, out) if seconds(path) >= 45]
-        pieces = [path for path in pieces if path.stem != "guitar"]  # plays to song.ogg
+        pieces = [path for path in pieces if path.stem != "guitar"]  # of the same piece as song.ogg
         for n, path in enumerate(pieces):
             sound = soundfile.info(path)
             folder = out / "music" / f"fold{1 + n % 4}" / package
